@@ -1,0 +1,1 @@
+"""The two YAML files, the lock, and the contract that binds them."""

@@ -1,0 +1,87 @@
+"""Field types that both YAML files share, and the one way to turn a file into a checked model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
+
+from fedclip_secure.config.yaml12 import read_yaml
+from fedclip_secure.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+AGGREGATOR = "aggregator"  # the roster's name for the coordinator's own signing key
+NAME_PATTERN = r"^[a-z0-9-]{1,63}$"
+_UNIONS = ("model", "data", "encoder")  # keys that hold one of several models
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Strict(BaseModel):
+    """A frozen model that converts nothing and knows every key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _seconds(value: object) -> object:
+    """`90s`, `10m`, `2h`, `1d` in seconds; a plain integer is seconds already."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", value)
+        if match is None:
+            raise ValueError("must be a duration such as 30s, 10m, 2h or 1d")
+        return int(match[1]) * _SECONDS[match[2]]
+    return value
+
+
+def _silo_name(value: object) -> object:
+    if value == AGGREGATOR:
+        raise ValueError(f"{AGGREGATOR!r} is the coordinator's own name in the roster; choose another")
+    return value
+
+
+def _number(value: object) -> object:
+    """YAML writes 1 for 1.0; booleans stay refused."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN), BeforeValidator(_silo_name)]
+Seconds = Annotated[int, BeforeValidator(_seconds)]
+Number = Annotated[float, BeforeValidator(_number)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Pin = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+def read_model(path: Path, model: type[M]) -> M:
+    """Read `path` as YAML and check it against `model`.
+
+    Raises:
+        ConfigError: lists every fault of the file, each with its key and what would be right.
+    """
+    return check(read_yaml(path), model, str(path))
+
+
+def check(data: Any, model: type[M], source: str) -> M:
+    """Check plain data against `model`; `source` names it in the error."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: must be a mapping of keys to values, found {type(data).__name__}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_fault(item)}" for item in error.errors())
+        raise ConfigError(f"{source}: {error.error_count()} value(s) cannot be used:\n{faults}") from error
+
+
+def _fault(item: Any) -> str:
+    # The name of a union's branch is pydantic's, not the file's.
+    path = [part for i, part in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] not in _UNIONS]
+    key = ".".join(str(part) for part in path) or "(the whole file)"
+    kind, found = item["type"], item["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key; check its spelling or remove it"
+    if kind == "missing":
+        return f"{key}: is missing; add it"
+    message = item["msg"].removeprefix("Value error, ")
+    short = repr(found) if len(repr(found)) <= 60 else type(found).__name__
+    return f"{key}: {message[0].lower()}{message[1:]} (found {short})"

@@ -1,0 +1,207 @@
+"""`federation.yaml`: what every silo agrees on before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Discriminator, Field, Tag, field_serializer, field_validator, model_validator
+
+from fedclip_secure.config.fields import Name, Number, Seconds, Strict, Text
+
+MAX_SILOS = 255  # Shamir evaluates at the non-zero points of GF(2^8)
+Fraction = Annotated[Number, Field(gt=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+
+
+class OpenClipModel(Strict):
+    """A CLIP encoder that open_clip can build, and the weights to load into it."""
+
+    name: Text
+    pretrained: Text  # a tag of open_clip; a silo may bring the same file itself, its SHA-256 decides
+    image_window: tuple[int, int] | None = None  # [low, high] of 16-bit images, mapped to 0..255
+
+    @field_validator("name")
+    @classmethod
+    def _not_external(cls, value: str) -> str:
+        if value == "external":
+            raise ValueError("an external encoder needs `dim` and `text_features`, and has no `pretrained`")
+        return value
+
+    @field_validator("image_window", mode="before")
+    @classmethod
+    def _window(cls, value: object) -> object:
+        if isinstance(value, list) and len(value) == 2 and value[0] >= value[1]:
+            raise ValueError("must be [low, high] with low < high")
+        return tuple(value) if isinstance(value, list) else value
+
+
+class ExternalModel(Strict):
+    """Features that each silo brings in files; no encoder runs here."""
+
+    name: Literal["external"]
+    dim: int = Field(ge=2, le=65536)
+    text_features: Text  # safetensors beside federation.yaml: `text_features` (classes, dim), `logit_scale` ()
+
+
+def _kind_of_model(value: object) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return "external" if name == "external" else "open_clip"
+
+
+class Splits(Strict):
+    """Shares of the records, by a hash of the unit's id."""
+
+    train: Fraction
+    validation: Annotated[Number, Field(ge=0, lt=1)]
+    test: Annotated[Number, Field(ge=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Splits:
+        if not math.isclose(self.train + self.validation + self.test, 1.0, abs_tol=1e-9):
+            raise ValueError("train, validation and test must add up to 1")
+        return self
+
+
+class MethodPlan(Strict):
+    """Which method trains the shared parameters."""
+
+    name: Text
+    loss: Literal["cross_entropy", "inbatch"] = "cross_entropy"
+
+
+class Optimizer(Strict):
+    """The optimiser that each silo builds afresh every round."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Positive
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    weight_decay: NonNegative = 0.0
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Training(Strict):
+    """A silo's share of one round."""
+
+    rounds: int = Field(ge=1, le=100_000)
+    local_epochs: int = Field(default=1, ge=1, le=1000)
+    batch_size: int = Field(ge=1, le=65536)  # records
+    optimizer: Optimizer
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)  # initial weights and splits; never noise, masks or keys
+
+
+class SecureAggregation(Strict):
+    """Parameters of the secure round (docs of `fedclip_secure.secagg`)."""
+
+    min_silos: int = Field(default=3, ge=3, le=MAX_SILOS)
+    threshold: Literal["malicious", "honest_but_curious"] = "malicious"
+    colluding: int = Field(default=1, ge=0, le=MAX_SILOS)
+    coordinate_clip: Positive = 0.1  # largest |update| of one coordinate
+    weights: Literal["masked", "equal", "public"] = "masked"  # by records, all alike, or as listed
+    public_weights: dict[Name, int] | None = None  # silo: weight; with `weights: public` alone
+    max_weight: int = Field(default=100_000, ge=1, le=(2**29 - 1) // 3)
+    verify_sum: Literal["never"] = "never"
+
+    @field_validator("verify_sum", mode="before")
+    @classmethod
+    def _no_audit_yet(cls, value: object) -> object:
+        if value in ("auto", "always"):
+            raise ValueError("the silos' own check of the sum is not available in this version; write `never`")
+        return value
+
+    @model_validator(mode="after")
+    def _weights_given(self) -> SecureAggregation:
+        if (self.weights == "public") != (self.public_weights is not None):
+            raise ValueError("`public_weights` and `weights: public` go together")
+        for silo, weight in (self.public_weights or {}).items():
+            if not 1 <= weight <= self.max_weight:
+                raise ValueError(f"public_weights.{silo} must lie in 1..max_weight ({self.max_weight})")
+        return self
+
+
+class Deadlines(Strict):
+    """How long the aggregator waits for each stage."""
+
+    join: Seconds = Field(default=600, ge=1)
+    share: Seconds = Field(default=300, ge=1)
+    upload: Seconds = Field(default=1800, ge=1)
+    agree: Seconds = Field(default=600, ge=1)
+    unmask: Seconds = Field(default=600, ge=1)
+
+
+class FederationPlan(Strict):
+    """The whole of `federation.yaml`."""
+
+    federation: Name
+    server: Text
+    model: Annotated[
+        Annotated[OpenClipModel, Tag("open_clip")] | Annotated[ExternalModel, Tag("external")],
+        Discriminator(_kind_of_model),
+    ]
+    classes: dict[str, Text]  # folder: phrase; the order numbers the classes
+    templates: list[Text] = Field(min_length=1, max_length=1000)
+    splits: Splits
+    method: MethodPlan
+    training: Training
+    secure_aggregation: SecureAggregation = SecureAggregation()
+    privacy: None = None
+    deadlines: Deadlines = Deadlines()
+    initial: Text | None = None  # an adapter to go on from, beside federation.yaml
+
+    @field_validator("server")
+    @classmethod
+    def _https(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
+            raise ValueError("must be https://HOST or https://HOST:PORT")
+        return value.rstrip("/")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _from_pairs(cls, value: object) -> object:
+        """The canonical form has pairs: a CBOR map has no order, and the order is agreed too."""
+        if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            return dict(value) if len(dict(value)) == len(value) else value
+        return value
+
+    @field_serializer("classes")
+    def _to_pairs(self, value: dict[str, str]) -> list[list[str]]:
+        return [list(pair) for pair in value.items()]
+
+    @field_validator("classes")
+    @classmethod
+    def _folders(cls, value: dict[str, str]) -> dict[str, str]:
+        if len(value) < 2:
+            raise ValueError("needs at least 2 classes")
+        for folder in value:
+            if not re.fullmatch(r"[^/\\\x00]{1,200}", folder) or folder.startswith("."):
+                raise ValueError(f"{folder!r} cannot be a folder's name")
+        return value
+
+    @field_validator("templates")
+    @classmethod
+    def _placeholder(cls, value: list[str]) -> list[str]:
+        for template in value:
+            if template.count("{}") != 1:
+                raise ValueError(f"{template!r} must hold {{}} once, where the class phrase goes")
+        return value
+
+    @field_validator("privacy", mode="before")
+    @classmethod
+    def _no_privacy_yet(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("differential privacy is not available in this version; remove the block")
+        return value
+
+    def text_prompts(self) -> list[list[str]]:
+        """Every template filled with every class phrase: one list of prompts for each class, in order."""
+        return [[template.format(phrase) for template in self.templates] for phrase in self.classes.values()]
