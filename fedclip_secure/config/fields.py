@@ -10,10 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, 
 
 from fedclip_secure.config.yaml12 import read_yaml
 from fedclip_secure.errors import ConfigError
+from fedclip_secure.names import AGGREGATOR, NAME_PATTERN
 
 M = TypeVar("M", bound=BaseModel)
-AGGREGATOR = "aggregator"  # the roster's name for the coordinator's own signing key
-NAME_PATTERN = r"^[a-z0-9-]{1,63}$"
 _UNIONS = ("model", "data", "encoder")  # keys that hold one of several models
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

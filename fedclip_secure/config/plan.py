@@ -21,7 +21,8 @@ class OpenClipModel(Strict):
     """A CLIP encoder that open_clip can build, and the weights to load into it."""
 
     name: Text
-    pretrained: Text  # a tag of open_clip; a silo may bring the same file itself, its SHA-256 decides
+    pretrained: Text  # a tag of open_clip, or a checkpoint beside federation.yaml; its SHA-256 is in the lock
+    config: Text | None = None  # open_clip model config (JSON) beside federation.yaml, where `name` is not built in
     image_window: tuple[int, int] | None = None  # [low, high] of 16-bit images, mapped to 0..255
 
     @field_validator("name")

@@ -17,6 +17,7 @@ class FolderData(Strict):
 
     format: Literal["folder"]
     path: Text
+    absent_classes: list[str] = Field(default_factory=list)  # classes of the plan that this silo knows it lacks
 
 
 class EmbeddingsData(Strict):

@@ -1,0 +1,329 @@
+"""One attempt as a silo lives it: six methods, called in the order of the protocol's stages.
+
+Each takes what the aggregator answered and gives what to send next, or raises before anything that
+could reveal this silo's update has left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from fedclip_secure.errors import ProtocolError
+from fedclip_secure.model.state import AdapterState
+from fedclip_secure.secagg import checks, masks, sealing, shamir
+from fedclip_secure.secagg.keys import (
+    AttemptSecrets,
+    Peer,
+    salt_info,
+    self_commitment,
+    self_key,
+    share_commitment,
+    share_info,
+    unmask_info,
+    upload_info,
+)
+from fedclip_secure.secagg.messages import (
+    Agree,
+    B,
+    Body,
+    Bundle,
+    Bundles,
+    KeyAd,
+    PairKey,
+    PeerShare,
+    Result,
+    Sign,
+    Signed,
+    Unmask,
+    Upload,
+    by_sender,
+    join_transcript,
+    share_transcript,
+    sign_message,
+    survivors_hash,
+    vector_hash,
+)
+from fedclip_secure.secagg.opening import Opening
+from fedclip_secure.secagg.outcome import Outcome, compute_outcome
+from fedclip_secure.secagg.ring import Words
+from fedclip_secure.secagg.terms import Terms
+
+Ciphertexts = tuple[bytes, bytes]  # for one peer: its two shares, its pair salt
+SHARE = 32  # bytes of one share
+
+
+class Stage(IntEnum):
+    """What a silo has done so far in an attempt. There is no step back."""
+
+    OPENED = 0
+    JOINED = 1
+    SHARED = 2
+    UPLOADED = 3
+    AGREED = 4
+    RELEASED = 5
+    DONE = 6
+
+
+@dataclass(slots=True)
+class ModelRecord:
+    """What a silo must remember about one model over all attempts on it.
+
+    One vector, drawn once; and once it has agreed to a list of names, only that list: two sums over
+    one model and different names would disclose what lies between them.
+    """
+
+    model: bytes  # digest
+    vector: Words = field(repr=False)  # integers before masking: update, weight, counts
+    agreed: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Stage 1: the signed `Bundles`, and two ciphertexts for each peer."""
+
+    bundles: bytes
+    ciphertexts: dict[str, Ciphertexts]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedUpload:
+    """Stage 2: the signed `Upload` and the masked vector it commits to."""
+
+    signed: bytes
+    words: Words
+
+
+class SiloSession:
+    """A silo's side of one attempt."""
+
+    def __init__(self, terms: Terms, silo: str, sign: Sign, opening: Opening, record: ModelRecord) -> None:
+        if record.model != opening.ad.model or record.vector.size != terms.vector.words:
+            raise ValueError("the record belongs to another model or plan")
+        self.stage = Stage.OPENED
+        self._terms, self._silo, self._sign = terms, silo, sign
+        self._opening, self._record = opening, record
+        self._secrets = AttemptSecrets.fresh(opening.base)
+        self._transcript = self._transcript2 = self._survivors = b""  # T, T2, H(U3)
+        self._ads: dict[str, Signed[KeyAd]] = {}  # U1
+        self._bundles: dict[str, Signed[Bundles]] = {}  # U2
+        self._uploads: dict[str, Signed[Upload]] = {}  # U3
+        self._held: dict[str, tuple[bytes, bytes]] = {}  # peer: this silo's shares of its seed and of its b
+        self._pair_keys: dict[str, bytes] = {}
+
+    @property
+    def transcript(self) -> bytes:
+        """T, once this silo has shared: what a `Complaint` refers to."""
+        return self._transcript
+
+    def join(self) -> bytes:
+        """Stage 0: give a signed `KeyAd`."""
+        self._advance(Stage.OPENED, Stage.JOINED)
+        secrets = self._secrets
+        self._ad = KeyAd(
+            base=self._opening.base,
+            mask_public=secrets.keys.mask_public,
+            share_seal=secrets.share_seal.public,
+            salt_seal=secrets.keys.salt_seal.public,
+            self_commit=self_commitment(secrets.b),
+        )
+        return self._sign_body(self._ad)
+
+    def share(self, ads: Sequence[bytes]) -> Shares:
+        """Stage 1: check U1 and share both secrets among it.
+
+        Raises:
+            ProtocolError: `floor`, `mine`, `base`, `key`, or a fault of encoding or signature.
+        """
+        self._advance(Stage.JOINED, Stage.SHARED)
+        self._ads = self._open_list(ads, KeyAd, self._ad)
+        for name, ad in self._ads.items():
+            checks.check_key_ad(ad.body, self._opening.base, name)
+        checks.check_distinct_keys(self._ads)
+        self._transcript = join_transcript(self._opening.base, self._ads)
+        entries, ciphertexts = [], {}
+        for peer, shares in self._split_secrets().items():
+            ciphertexts[peer] = self._seal_for(peer, shares)
+            entries.append(self._bundle(peer, shares, ciphertexts[peer]))
+        self._own_bundles = Bundles(transcript=self._transcript, entries=entries)
+        return Shares(self._sign_body(self._own_bundles), ciphertexts)
+
+    def upload(self, bundles: Sequence[bytes], inbox: Mapping[str, Ciphertexts]) -> MaskedUpload:
+        """Stage 2: check U2 and all that is addressed to this silo, then mask the vector.
+
+        Raises:
+            ProtocolError: `floor`, `mine`, `list`, `transcript`; `bundle` names the silo to complain of.
+        """
+        self._advance(Stage.SHARED, Stage.UPLOADED)
+        self._bundles = self._open_list(bundles, Bundles, self._own_bundles)
+        if not set(self._bundles) <= set(self._ads):
+            raise ProtocolError("list", "a silo shared that had not joined")
+        for name, message in self._bundles.items():
+            checks.check_bundles(message.body, self._transcript, name, self._ads)
+        self._transcript2 = share_transcript(self._transcript, self._bundles)
+        add = [self_key(self._secrets.b, self._transcript2, self._silo)]
+        subtract: list[bytes] = []
+        for peer in self._peers():
+            other = Peer(peer, self._ads[peer].body.mask_public, self._receive(peer, inbox))
+            self._pair_keys[peer] = self._secrets.keys.pair_key(self._transcript2, self._silo, other)
+            (add if peer > self._silo else subtract).append(self._pair_keys[peer])
+        words = self._record.vector.copy()
+        masks.apply(words, add, subtract)
+        self._own_upload = Upload(transcript=self._transcript2, vector=vector_hash(words))
+        return MaskedUpload(self._sign_body(self._own_upload), words)
+
+    def seal_upload(self, upload: MaskedUpload) -> Iterator[bytes]:
+        """The body of stage 2, in pieces: `Upload` and masked words, sealed to the aggregator."""
+        body = upload.words.data.cast("B")
+        return sealing.seal_body(
+            upload.signed, body, self._opening.ad.seal_public, *upload_info(self._transcript2, self._silo)
+        )
+
+    def agree(self, uploads: Sequence[bytes]) -> bytes:
+        """Stage 3: check U3 and sign it. From here on this silo signs no other names over this model.
+
+        Raises:
+            ProtocolError: `floor`, `mine`, `list`, `transcript`, `agreed`.
+        """
+        self._advance(Stage.UPLOADED, Stage.AGREED)
+        self._uploads = self._open_list(uploads, Upload, self._own_upload)
+        if not set(self._uploads) <= set(self._bundles):
+            raise ProtocolError("list", "a silo uploaded that had not shared")
+        for name, message in self._uploads.items():
+            # A silo that was shown another U2 than the rest has another T2, and stops here.
+            if message.body.transcript != self._transcript2:
+                raise ProtocolError("transcript", f"{name} masked for another set of silos than this one")
+        names = tuple(self._uploads)
+        if self._record.agreed not in (None, names):
+            earlier = ", ".join(self._record.agreed or ())
+            raise ProtocolError("agreed", f"this silo agreed to the sum over {earlier} for this model, and to no other")
+        self._record.agreed = names
+        self._survivors = survivors_hash(self._transcript2, self._uploads)
+        return self._sign_body(Agree(transcript=self._transcript2, survivors=self._survivors))
+
+    def unmask(self, agrees: Sequence[bytes]) -> bytes:
+        """Stage 4: with t `Agree`s over what this silo signed, release exactly one share for each peer.
+
+        Returns the signed `Unmask`, sealed to the aggregator.
+
+        Raises:
+            ProtocolError: `agreement`, or a fault of encoding or signature.
+        """
+        self._advance(Stage.AGREED, Stage.RELEASED)
+        signers = by_sender(agrees, Agree, self._terms.federation, self._terms.roster)
+        mine = Agree(transcript=self._transcript2, survivors=self._survivors)
+        same = [name for name, message in signers.items() if message.body == mine]
+        if len(same) < self._terms.threshold:
+            raise ProtocolError(
+                "agreement",
+                f"{len(same)} silos agree on who survived; {self._terms.threshold} must before shares go out",
+            )
+        dropped = [peer for peer in self._peers() if peer not in self._uploads]
+        body = Unmask(
+            transcript=self._transcript2,
+            survivors=self._survivors,
+            b=self._secrets.b,
+            shares=[self._release(peer) for peer in self._peers()],
+            pairs=[PairKey(peer=peer, key=self._pair_keys[peer]) for peer in dropped],
+        )
+        return sealing.seal(
+            self._sign_body(body),
+            self._opening.ad.seal_public,
+            *unmask_info(self._transcript2, self._survivors, self._silo),
+        )
+
+    def result(self, total: Words, old: AdapterState) -> tuple[bytes, Outcome]:
+        """Stage 5: compute the next model from the sum (words,) and the model of the opening; sign it.
+
+        Raises:
+            ProtocolError: `sum-bounds`.
+        """
+        self._advance(Stage.RELEASED, Stage.DONE)
+        if old.digest != self._opening.ad.model:
+            raise ValueError("the round did not start from this model")
+        outcome = compute_outcome(self._terms, self._opening.ad.round, old, total, tuple(self._uploads))
+        body = Result(
+            round=self._opening.ad.round,
+            transcript=self._transcript2,
+            survivors=self._survivors,
+            sum=vector_hash(total),
+            model=outcome.model.digest,
+        )
+        return self._sign_body(body), outcome
+
+    def _advance(self, expected: Stage, to: Stage) -> None:
+        """Move on before doing anything, so that a stage that failed half-way is never tried again."""
+        if self.stage is not expected:
+            raise ProtocolError("order", f"stage {to.name} does not follow {self.stage.name}")
+        self.stage = to
+
+    def _sign_body(self, body: Body) -> bytes:
+        return sign_message(body, self._terms.federation, self._silo, self._sign)
+
+    def _open_list(self, wires: Sequence[bytes], model: type[B], mine: B) -> dict[str, Signed[B]]:
+        """Open a list; it must reach the floor and hold this silo's own message unchanged."""
+        opened = by_sender(wires, model, self._terms.federation, self._terms.roster)
+        checks.check_floor(self._terms, opened, model.type)
+        if self._silo not in opened or opened[self._silo].body != mine:
+            raise ProtocolError("mine", f"the server's list of {model.type} messages lacks or alters this silo's own")
+        return opened
+
+    def _peers(self) -> list[str]:
+        """U2 without this silo, in the order of names."""
+        return [name for name in self._bundles if name != self._silo]
+
+    def _split_secrets(self) -> dict[str, tuple[bytes, bytes]]:
+        """Shares of seed and b for each peer in U1; this silo keeps its own."""
+        points = {name: self._terms.roster.index(name) for name in self._ads}
+        seeds = shamir.split(self._secrets.keys.seed, self._terms.threshold, list(points.values()))
+        bs = shamir.split(self._secrets.b, self._terms.threshold, list(points.values()))
+        return {peer: (seeds[x], bs[x]) for peer, x in points.items() if peer != self._silo}
+
+    def _seal_for(self, peer: str, shares: tuple[bytes, bytes]) -> Ciphertexts:
+        ad, salt = self._ads[peer].body, self._secrets.keys.salt_for(self._silo, peer)
+        return (
+            sealing.seal(b"".join(shares), ad.share_seal, *share_info(self._transcript, self._silo, peer)),
+            sealing.seal(salt, ad.salt_seal, *salt_info(self._transcript, self._silo, peer)),
+        )
+
+    def _bundle(self, peer: str, shares: tuple[bytes, bytes], ciphertexts: Ciphertexts) -> Bundle:
+        return Bundle(
+            peer=peer,
+            ct_share=hashlib.sha256(ciphertexts[0]).digest(),
+            ct_salt=hashlib.sha256(ciphertexts[1]).digest(),
+            share_seed=share_commitment(self._transcript, self._silo, peer, "seed", shares[0]),
+            share_b=share_commitment(self._transcript, self._silo, peer, "b", shares[1]),
+        )
+
+    def _receive(self, peer: str, inbox: Mapping[str, Ciphertexts]) -> bytes:
+        """Open and check what `peer` sent to this silo; keep the shares, return the salt."""
+        entry = next(entry for entry in self._bundles[peer].body.entries if entry.peer == self._silo)
+        sealed_share, sealed_salt = inbox.get(peer, (b"", b""))
+        if (hashlib.sha256(sealed_share).digest(), hashlib.sha256(sealed_salt).digest()) != (
+            entry.ct_share,
+            entry.ct_salt,
+        ):
+            raise ProtocolError("inbox", f"the server altered or withheld what {peer} sent to this silo")
+        try:
+            shares = self._secrets.share_seal.open(sealed_share, *share_info(self._transcript, peer, self._silo))
+            salt = self._secrets.keys.salt_seal.open(sealed_salt, *salt_info(self._transcript, peer, self._silo))
+        except ProtocolError as error:
+            raise ProtocolError("bundle", f"what {peer} sealed to this silo does not open", silo=peer) from error
+        seed_share, b_share = shares[:SHARE], shares[SHARE:]
+        commitments = (
+            share_commitment(self._transcript, peer, self._silo, "seed", seed_share),
+            share_commitment(self._transcript, peer, self._silo, "b", b_share),
+        )
+        if len(salt) != 32 or len(shares) != 2 * SHARE or commitments != (entry.share_seed, entry.share_b):
+            raise ProtocolError("bundle", f"the shares of {peer} are not those it committed to", silo=peer)
+        self._held[peer] = (seed_share, b_share)
+        return salt
+
+    def _release(self, peer: str) -> PeerShare:
+        """Of b if the peer survived, of seed if it dropped out; never both."""
+        seed_share, b_share = self._held[peer]
+        if peer in self._uploads:
+            return PeerShare(peer=peer, kind="b", share=b_share)
+        return PeerShare(peer=peer, kind="seed", share=seed_share)

@@ -1,0 +1,81 @@
+"""What a silo computes from its pinned contract and roster, and never takes from a message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedclip_secure.config.lock import Contract
+from fedclip_secure.errors import ConfigError
+from fedclip_secure.model.state import Layout
+from fedclip_secure.pki.roster import Roster
+from fedclip_secure.secagg.ring import FixedPoint, VectorLayout
+
+
+def threshold(silos: int, mode: str, colluding: int) -> int:
+    """t: how many silos must answer before anything is unmasked.
+
+    `malicious`: two sets of t silos overlap in more than the c that collude with the server, so no
+    two different lists of survivors can both gather t honest answers. t > (n + c) / 2 does that;
+    t > 2n / 3 keeps it for up to a third of colluders. `honest_but_curious`: t > n / 2.
+    """
+    if mode == "malicious":
+        return max(2 * silos // 3 + 1, (silos + colluding) // 2 + 1)
+    return silos // 2 + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The fixed parameters of every secure round of one federation."""
+
+    federation: str
+    plan: bytes  # contract digest
+    roster: Roster
+    threshold: int  # t
+    floor: int  # fewest silos on any list
+    rounds: int  # protocol rounds, the closing validation included
+    layout: Layout
+    vector: VectorLayout
+    grid: FixedPoint
+    initial_model: bytes  # digest
+    training_rounds: int
+    public_weights: dict[str, int] | None
+
+    @classmethod
+    def of(cls, contract: Contract, roster: Roster) -> Terms:
+        """Derive the terms.
+
+        Raises:
+            ConfigError: the roster and the plan allow no secure round.
+        """
+        plan, lock = contract.plan, contract.lock
+        agreed, n = plan.secure_aggregation, len(roster.silos)
+        t = threshold(n, agreed.threshold, agreed.colluding)
+        if t < agreed.colluding + 2:
+            raise ConfigError(
+                f"secure_aggregation.colluding {agreed.colluding} is too many for {n} silos: the threshold {t} must "
+                "be at least colluding + 2, or colluders could subtract themselves; lower it or invite more silos"
+            )
+        floor = max(t, agreed.min_silos, agreed.colluding + 2, 3)
+        if floor > n:
+            raise ConfigError(f"the plan needs {floor} silos in every round, the roster has {n}; invite more silos")
+        layout = Layout(tuple((entry.name, tuple(entry.shape)) for entry in lock.layout))
+        counts = plan.splits.validation > 0
+        return cls(
+            federation=plan.federation,
+            plan=contract.digest,
+            roster=roster,
+            threshold=t,
+            floor=floor,
+            rounds=plan.training.rounds + int(counts),
+            layout=layout,
+            vector=VectorLayout(layout.size, counts),
+            grid=FixedPoint(agreed.coordinate_clip, n, 1 if agreed.weights == "equal" else agreed.max_weight),
+            initial_model=bytes.fromhex(lock.initial_model),
+            training_rounds=plan.training.rounds,
+            public_weights=agreed.public_weights,
+        )
+
+    @property
+    def absent_tolerated(self) -> int:
+        """How many silos of the roster may miss a round."""
+        return len(self.roster.silos) - self.floor
