@@ -1,6 +1,8 @@
-"""Names of parties, as they stand in the roster, in certificates and in messages."""
+"""Names of parties, as they stand in the roster, in certificates and in messages, and how many there may be."""
 
 from __future__ import annotations
 
 NAME_PATTERN = r"^[a-z0-9-]{1,63}$"
 AGGREGATOR = "aggregator"  # the roster's name for the coordinator's own signing key
+MIN_SILOS = 3  # with 2, each can subtract itself from the sum
+MAX_SILOS = 255  # Shamir evaluates at the non-zero points of GF(2^8)

@@ -33,6 +33,18 @@ def _seconds(value: object) -> object:
     return value
 
 
+def parse_duration(text: str) -> int:
+    """Seconds of `90s`, `10m`, `2h` or `7d`.
+
+    Raises:
+        ConfigError: not a duration.
+    """
+    try:
+        return int(str(_seconds(text)))
+    except ValueError as error:
+        raise ConfigError(f"{text!r} {error}") from error
+
+
 def _silo_name(value: object) -> object:
     if value == AGGREGATOR:
         raise ValueError(f"{AGGREGATOR!r} is the coordinator's own name in the roster; choose another")

@@ -58,6 +58,7 @@ class FederationLock(Strict):
     """The whole of `federation.lock`."""
 
     version: Literal[1] = 1
+    plan: Sha256  # digest of the plan that was prepared
     encoder: OpenClipEncoder | ExternalEncoder = Field(discriminator="kind")
     layout: list[Parameter]  # the shared parameters, in the order of the flat vector
     initial_model: Sha256  # digest of the adapter that round 1 starts from

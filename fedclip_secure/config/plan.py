@@ -9,9 +9,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_serializer, field_validator, model_validator
 
+from fedclip_secure import canonical
 from fedclip_secure.config.fields import Name, Number, Seconds, Strict, Text
+from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
-MAX_SILOS = 255  # Shamir evaluates at the non-zero points of GF(2^8)
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -103,13 +104,13 @@ class Training(Strict):
 class SecureAggregation(Strict):
     """Parameters of the secure round (docs of `fedclip_secure.secagg`)."""
 
-    min_silos: int = Field(default=3, ge=3, le=MAX_SILOS)
+    min_silos: int = Field(default=MIN_SILOS, ge=MIN_SILOS, le=MAX_SILOS)
     threshold: Literal["malicious", "honest_but_curious"] = "malicious"
     colluding: int = Field(default=1, ge=0, le=MAX_SILOS)
     coordinate_clip: Positive = 0.1  # largest |update| of one coordinate
     weights: Literal["masked", "equal", "public"] = "masked"  # by records, all alike, or as listed
     public_weights: dict[Name, int] | None = None  # silo: weight; with `weights: public` alone
-    max_weight: int = Field(default=100_000, ge=1, le=(2**29 - 1) // 3)
+    max_weight: int = Field(default=100_000, ge=1, le=(2**29 - 1) // MIN_SILOS)
     verify_sum: Literal["never"] = "never"
 
     @field_validator("verify_sum", mode="before")
@@ -202,6 +203,11 @@ class FederationPlan(Strict):
         if value is not None:
             raise ValueError("differential privacy is not available in this version; remove the block")
         return value
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes over every value of the plan."""
+        return canonical.digest("fedclip/v1/plan", self.model_dump(mode="json"))
 
     def text_prompts(self) -> list[list[str]]:
         """Every template filled with every class phrase: one list of prompts for each class, in order."""

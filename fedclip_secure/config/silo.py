@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedclip_secure.config.fields import Name, Pin, Strict, Text, read_model
-from fedclip_secure.config.plan import MAX_SILOS
 from fedclip_secure.errors import ConfigError
+from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
 
 class FolderData(Strict):
@@ -30,7 +30,7 @@ class EmbeddingsData(Strict):
 class Policy(Strict):
     """The silo's own floors. No plan can lower them."""
 
-    min_silos: int = Field(default=3, ge=3, le=MAX_SILOS)
+    min_silos: int = Field(default=MIN_SILOS, ge=MIN_SILOS, le=MAX_SILOS)
     require_privacy: bool = False
     methods: list[str] | None = None  # None: any method that this version knows
 

@@ -71,6 +71,11 @@ class AggregatorSession:
         self._transcript = self._transcript2 = self._survivors = b""
         self._expected: Result | None = None
 
+    @property
+    def transcript2(self) -> bytes:
+        """T2, once sharing has closed."""
+        return self._transcript2
+
     def answered(self, phase: Phase) -> Mapping[str, Signed[Any]]:
         """Who has answered in `phase`, with the messages."""
         return (self.ads, self.bundles, self.uploads, self.agrees, self.unmasks, self.results)[phase]
@@ -192,6 +197,8 @@ class AggregatorSession:
             survivors=self._survivors,
             sum=vector_hash(total),
             model=outcome.model.digest,
+            correct=outcome.correct,
+            total=outcome.total,
         )
         return outcome
 
@@ -210,10 +217,8 @@ class AggregatorSession:
 
     def _require(self, phases: tuple[Phase, ...], sender: str, members: Collection[str]) -> None:
         if self.phase not in phases:
-            late = self.phase > phases[-1]
-            raise ProtocolError(
-                "late" if late else "early", f"stage {phases[0].name.lower()!r} is not open", silo=sender
-            )
+            code, fact = ("late", "has closed") if self.phase > phases[-1] else ("early", "is not open yet")
+            raise ProtocolError(code, f"stage {phases[0].name.lower()!r} {fact}", silo=sender)
         if sender not in members:
             raise ProtocolError("left-out", f"{sender} is not part of this stage", silo=sender)
 
@@ -227,5 +232,5 @@ class AggregatorSession:
             self.bundles,
             self._ciphertexts,
             self.uploads,
-            self.unmasks,
+            dict(self.unmasks),  # others may still arrive while this one is used
         )

@@ -128,7 +128,11 @@ class Unmask(Body):
 
 
 class Result(Body):
-    """Stage 5: the next model, as this silo computed it from the sum."""
+    """Stage 5: the next model, as this silo computed it from the sum.
+
+    The validation counts stand here so that a silo that missed rounds can still tell which was best
+    on the word of t silos, not of the server.
+    """
 
     type: ClassVar[str] = "result"
     round: Counter
@@ -136,6 +140,8 @@ class Result(Body):
     survivors: Hash
     sum: Hash
     model: Hash  # of the next model
+    correct: Annotated[int, Field(ge=0)]  # validation records, under the model that the round started from
+    total: Annotated[int, Field(ge=0)]
 
 
 class Void(Body):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedclip_secure.errors import ConfigError, ProtocolError
 from fedclip_secure.model.state import Floats
+from fedclip_secure.names import MIN_SILOS
 
 Words = npt.NDArray[np.uint32]
 Doubles = npt.NDArray[np.float64]
@@ -31,7 +32,7 @@ class FixedPoint:
     max_weight: int  # largest weight of one silo
 
     def __post_init__(self) -> None:
-        if self.silos < 3:
+        if self.silos < MIN_SILOS:
             raise ConfigError("secure aggregation needs at least 3 silos: with 2, each can subtract itself")
         if not (self.clip > 0 and math.isfinite(self.clip)):
             raise ConfigError("secure_aggregation.coordinate_clip must be a positive number")

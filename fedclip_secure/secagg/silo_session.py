@@ -250,6 +250,8 @@ class SiloSession:
             survivors=self._survivors,
             sum=vector_hash(total),
             model=outcome.model.digest,
+            correct=outcome.correct,
+            total=outcome.total,
         )
         return self._sign_body(body), outcome
 

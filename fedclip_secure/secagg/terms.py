@@ -58,6 +58,11 @@ class Terms:
         floor = max(t, agreed.min_silos, agreed.colluding + 2, 3)
         if floor > n:
             raise ConfigError(f"the plan needs {floor} silos in every round, the roster has {n}; invite more silos")
+        if agreed.public_weights is not None and set(agreed.public_weights) != set(roster.silos):
+            raise ConfigError(
+                f"secure_aggregation.public_weights names {', '.join(sorted(agreed.public_weights))}, "
+                f"the roster {', '.join(roster.silos)}; they must be the same silos"
+            )
         layout = Layout(tuple((entry.name, tuple(entry.shape)) for entry in lock.layout))
         counts = plan.splits.validation > 0
         return cls(
@@ -74,6 +79,12 @@ class Terms:
             training_rounds=plan.training.rounds,
             public_weights=agreed.public_weights,
         )
+
+    def round_name(self, number: int) -> str:
+        """A round as people count them: training rounds, then one that only counts validation records."""
+        if number > self.training_rounds:
+            return "closing validation round"
+        return f"round {number} of {self.training_rounds}"
 
     @property
     def absent_tolerated(self) -> int:

@@ -8,8 +8,8 @@ from tests.fakes import Attempt, Federation
 
 
 def plain_sum(attempt: Attempt, names: set[str]) -> list[int]:
-    total = sum(attempt.records[name].vector.view(np.int32).astype(np.int64) for name in names)
-    return [int(value) for value in total]
+    vectors = np.stack([attempt.records[name].vector.view(np.int32) for name in sorted(names)])
+    return [int(value) for value in vectors.astype(np.int64).sum(axis=0)]
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 10])

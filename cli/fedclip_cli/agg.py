@@ -1,0 +1,183 @@
+"""`fedclip-agg`: the coordinator's program."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import click
+from rich.table import Table
+
+from fedclip_cli.console import FOLDER, Group, out, run, say
+from fedclip_secure.aggregator.home import Home
+from fedclip_secure.aggregator.status import RunStatus, read_status
+from fedclip_secure.config.fields import parse_duration
+from fedclip_secure.errors import ConfigError
+
+_DIR = click.option("--dir", "folder", type=FOLDER, default=".", show_default=True, help="The folder that `init` made.")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedclip-secure")
+def main() -> None:
+    """Coordinate a federation: enrol silos, freeze the roster, serve secure averaging.
+
+    The server learns the weighted average of the silos' updates and nothing about any one silo.
+    """
+
+
+@main.command(epilog="Example: fedclip-agg init lung-xray --name lung-xray --hosts agg.example.org")
+@click.argument("folder", type=FOLDER)
+@click.option("--name", required=True, help="The federation's name: a-z, 0-9 and -.")
+@click.option("--hosts", required=True, help="Names or addresses that silos connect to, separated by commas.")
+@click.option("--port", type=click.IntRange(1, 65535), default=443, show_default=True, help="The server's one port.")
+def init(folder: Path, name: str, hosts: str, port: int) -> None:
+    """Make a federation's folder: plan, certificate authority, server certificate, signing key."""
+    from fedclip_secure.aggregator.home import init_home
+
+    home = init_home(folder, name, [host.strip() for host in hosts.split(",") if host.strip()], port)
+    out.print(
+        f"made {folder}/: authority/ (keep its key offline if you can), server/ and federation.yaml", markup=False
+    )
+    out.print(f"next: edit {home.plan_path}, then run `fedclip-agg prepare --dir {folder}`", markup=False)
+
+
+@main.command(epilog="Example: fedclip-agg prepare --dir lung-xray")
+@_DIR
+def prepare(folder: Path) -> None:
+    """Resolve the plan's encoder and write federation.lock and initial.safetensors.
+
+    Needs `fedclip-secure[silo]` (torch) and may run on another machine: copy the two files back.
+    """
+    from fedclip_secure.config.lock import Contract, write_lock
+    from fedclip_secure.files import write_atomically
+    from fedclip_secure.training.prepare import prepare as resolve
+
+    home = Home(folder)
+    plan = home.plan()
+    prepared = resolve(plan, folder)
+    write_atomically(home.initial_path, prepared.initial_file)
+    write_lock(home.lock_path, prepared.lock)
+    size = sum(math.prod(entry.shape) for entry in prepared.lock.layout)
+    out.print(f"wrote {home.lock_path} and {home.initial_path}", markup=False)
+    out.print(f"{plan.method.name} on {plan.model.name}: {size:,} shared parameters", markup=False)
+    out.print(f"contract {Contract(plan, prepared.lock).pin}", markup=False)
+
+
+@main.command(epilog="Example: fedclip-agg invite st-marys --dir lung-xray")
+@click.argument("silo")
+@_DIR
+@click.option("--valid", default="7d", show_default=True, help="How long the token can be used: 12h, 7d.")
+def invite(silo: str, folder: Path, valid: str) -> None:
+    """Make a one-time token with which SILO enrols. Send it over a channel that you trust."""
+    from fedclip_secure.aggregator.home import invite as make
+
+    home = Home(folder)
+    plan = home.plan()
+    token = make(home, silo, parse_duration(valid))
+    out.print(f"token for {silo}, once, within {valid}:\n{token}", markup=False)
+    out.print(f"on the silo: fedclip-silo enroll {plan.server} --token TOKEN", markup=False)
+
+
+@main.command(epilog="Example: fedclip-agg freeze --dir lung-xray")
+@_DIR
+def freeze(folder: Path) -> None:
+    """Close the roster over the silos that have enrolled; print fingerprints to compare by phone."""
+    from fedclip_secure.aggregator.home import freeze as close
+
+    contract, roster, terms = close(Home(folder))
+    table = Table("party", "fingerprint of its key", box=None)
+    for name, _ in roster.members:
+        table.add_row(name, roster.fingerprint(name))
+    out.print(table)
+    out.print(f"roster   {roster.pin}\ncontract {contract.pin}", markup=False)
+    n, absent = len(roster.silos), terms.absent_tolerated
+    out.print(
+        f"{n} silos; a round needs {terms.floor} of them, so {absent or 'none'} may be absent from a round",
+        markup=False,
+    )
+    out.print("next: each silo runs `fedclip-silo accept` and compares these with you, then `fedclip-silo train`")
+
+
+@main.command(epilog="Example: fedclip-agg serve --dir lung-xray --listen 0.0.0.0:443")
+@_DIR
+@click.option("--listen", help="HOST:PORT; default: all addresses, the port of the plan's server.")
+def serve(folder: Path, listen: str | None) -> None:
+    """Serve enrolment and, once the roster is frozen, the rounds. A restart goes on where it was."""
+    from fedclip_secure.aggregator.serve import serve as start
+    from fedclip_secure.aggregator.serve import stop_on_signals
+
+    home = Home(folder)
+    host, port = _address(listen, home.plan().server)
+
+    async def forever() -> None:
+        stop = asyncio.Event()
+        stop_on_signals(stop)
+        await start(home, host, port, say, stop)
+
+    run(forever())
+    say("stopped; the run goes on with `fedclip-agg serve`")
+
+
+@main.command(epilog="Example: fedclip-agg status --dir lung-xray --json")
+@_DIR
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(folder: Path, as_json: bool) -> None:
+    """Show the round, who is in, who dropped out at which stage, and when certificates end."""
+    state = read_status(Home(folder), time.time())
+    if as_json:
+        click.echo(json.dumps(state.as_json()))
+    else:
+        _print_status(state)
+
+
+def _print_status(state: RunStatus) -> None:
+    stage = f", attempt {state.attempt} at stage {state.stage}" if state.stage else ""
+    reason = f": {state.reason}" if state.reason else ""
+    out.print(f"{state.federation}: {state.state}{reason}", markup=False)
+    if state.round:
+        done = len([row for row in state.finished_rounds if row["round"] <= state.rounds])
+        out.print(f"round {state.round}{stage}; {done} of {state.rounds} training rounds averaged", markup=False)
+    if state.answered:
+        out.print(f"answered: {', '.join(state.answered)}", markup=False)
+    if state.floor is not None:
+        out.print(f"a round needs {state.floor} silos; {state.absent_tolerated} may be absent", markup=False)
+    table = Table("silo", "enrolled", "last seen", "averaged", "dropped at", "certificate ends", box=None)
+    for silo in state.silos:
+        drops = ", ".join(f"{stage} x{count}" for stage, count in silo.dropped.items()) or "-"
+        table.add_row(
+            silo.name,
+            "yes" if silo.enrolled else "invited",
+            _ago(silo.last_seen),
+            str(silo.rounds_averaged),
+            drops,
+            _date(silo.certificate_ends),
+        )
+    out.print(table)
+    for event in state.events[-5:]:
+        out.print(f"{_date(event['at'])} round {event['round']} {event['silo'] or ''} {event['reason']}", markup=False)
+
+
+def _ago(then: float | None) -> str:
+    return "never" if then is None else f"{time.time() - then:.0f} s ago"
+
+
+def _date(then: float | None) -> str:
+    return "-" if then is None else datetime.fromtimestamp(then, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _address(listen: str | None, server: str) -> tuple[str, int]:
+    if listen is None:
+        return "0.0.0.0", urlsplit(server).port or 443  # noqa: S104 - a server is there to be reached
+    try:
+        parts = urlsplit(f"//{listen}")
+        if parts.hostname and parts.port:
+            return parts.hostname, parts.port
+    except ValueError:
+        pass
+    raise ConfigError(f"--listen {listen}: must be HOST:PORT, as 0.0.0.0:443")

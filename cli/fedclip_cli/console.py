@@ -1,0 +1,104 @@
+"""What both programs print, and how an error becomes text and an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedclip_secure.errors import FedClipError
+
+T = TypeVar("T")
+ProgressCallback = Callable[[int, int], None]  # done, total
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Command(click.Command):
+    """A command whose expected errors end in one message and their own exit code, without a stack trace."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run, and turn errors into text."""
+        try:
+            return super().invoke(context)
+        except FedClipError as error:
+            err.print("[bold red]error:[/] ", end="")
+            err.print(str(error), markup=False)
+            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            err.print(f"stopped. `{context.command_path}` goes on from here")
+            context.exit(130)
+
+
+class Group(click.Group):
+    """A program: its commands are `Command`s and stand in the order in which they are used."""
+
+    command_class = Command
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """In the order of definition."""
+        del context
+        return list(self.commands)
+
+
+def say(text: str) -> None:
+    """One line of progress, with the time."""
+    out.print(f"[dim]{time.strftime('%H:%M:%S')}[/] ", end="")
+    out.print(text, markup=False)
+
+
+def waiting(reason: str, seconds: float) -> None:
+    """Before a retry: why, and when."""
+    say(f"{reason}; trying again in {seconds:.0f} s")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine; Ctrl-C cancels it first and then ends the command."""
+    return asyncio.run(main)
+
+
+@contextlib.contextmanager
+def image_progress(*, quiet: bool = False) -> Iterator[ProgressCallback]:
+    """A bar on a terminal; elsewhere a line every ten seconds; `quiet`: nothing."""
+    if quiet:
+        yield lambda _done, _total: None
+    elif out.is_terminal:
+        with _bar() as callback:
+            yield callback
+    else:
+        yield _Lines()
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[ProgressCallback]:
+    columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task("extracting", total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+class _Lines:
+    """Plain progress: at most a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + 10
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next += 10
+            say(f"extracted {done} of {total} images")
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)

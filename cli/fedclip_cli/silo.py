@@ -1,0 +1,208 @@
+"""`fedclip-silo`: the program of one silo."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Column, Table
+from rich.text import Text
+
+from fedclip_cli.console import FILE, Group, image_progress, out, run, say, waiting
+from fedclip_secure.config.lock import ExternalEncoder
+from fedclip_secure.config.silo import SiloConfig, read_silo
+from fedclip_secure.errors import ConfigError
+from fedclip_secure.files import write_atomically
+from fedclip_secure.pki.identity import Identity
+from fedclip_secure.pki.invitation import Invitation
+from fedclip_secure.pki.keys import spki_sha256
+from fedclip_secure.pki.roster import readable_fingerprint
+from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted, text_features_path
+from fedclip_secure.silo.policy import check_policy
+from fedclip_secure.transport.client import Client
+from fedclip_secure.transport.enrolment import enroll as get_certificate
+
+if TYPE_CHECKING:  # these load torch
+    from fedclip_secure.data.dataset import Counts
+    from fedclip_secure.training.evaluate import Evaluation
+    from fedclip_secure.training.inputs import Inputs
+
+_CONFIG = click.option(
+    "--config", "path", type=FILE, default="silo.yaml", show_default=True, help="This silo's settings."
+)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedclip-secure")
+def main() -> None:
+    """Take part in a federation: images stay here, masked updates leave.
+
+    Before anything is sent, this program checks plan, roster and every message of the server
+    against what you accepted.
+    """
+
+
+@main.command(epilog="Example: fedclip-silo enroll https://agg.example.org --token fedclip-...")
+@click.argument("url")
+@click.option("--token", required=True, help="The one-time token from the coordinator.")
+@_CONFIG
+def enroll(url: str, token: str, path: Path) -> None:
+    """Make this silo's key here, get its certificate, and pin the coordinator's authority."""
+    name = Invitation.decode(token).name
+    if not path.exists():
+        template = resources.files("fedclip_secure.config").joinpath("templates/silo.yaml").read_text("utf-8")
+        write_atomically(path, template.replace("{name}", name).encode())
+        out.print(f"wrote {path} to start from", markup=False)
+    config = read_silo(path)
+    if config.name != name:
+        raise ConfigError(f"{path}: name is {config.name!r}, the token is for {name!r}; use the right one of the two")
+    identity = run(get_certificate(url, token, Path(config.identity), waiting))
+    out.print(f"enrolled as {identity.name}; certificate until {identity.not_after:%Y-%m-%d}", markup=False)
+    out.print(f"fingerprint of this silo's key: {readable_fingerprint(spki_sha256(identity.key.public))}", markup=False)
+    out.print(f"next: set `data` in {path}; when the coordinator has frozen the roster, run `fedclip-silo accept`")
+
+
+@main.command(epilog="Example: fedclip-silo accept")
+@_CONFIG
+@click.option("--yes", is_flag=True, help="Accept without asking, where a person has compared before.")
+def accept(path: Path, yes: bool) -> None:
+    """Show the plan, the lock and the roster; on consent, pin both in silo.yaml."""
+    config = read_silo(path)
+    identity = Identity.load(Path(config.identity))
+    offer, text_features = run(_fetch_offer(identity))
+    terms = Terms.of(offer.contract, offer.roster)
+    _show_offer(offer, terms, identity)
+    check_policy(config.policy, offer.contract, terms, identity.name)
+    if not yes:
+        click.confirm("Do the fingerprints match what you were told, and do you take part on these terms?", abort=True)
+    save_accepted(path, config, offer, text_features)
+    out.print(f"pinned in {path}. next: `fedclip-silo extract`, then `fedclip-silo train`", markup=False)
+
+
+@main.command(epilog="Example: fedclip-silo extract")
+@_CONFIG
+def extract(path: Path) -> None:
+    """Turn this silo's images into cached CLIP features. A second run does only what is new."""
+    config = read_silo(path)
+    inputs = _load(config, load_accepted(config))
+    sizes = ", ".join(f"{name} {len(part)}" for name, part in inputs.splits.items())
+    out.print(f"features ready: {sizes}", markup=False)
+
+
+@main.command(epilog="Example: fedclip-silo train")
+@_CONFIG
+def train(path: Path) -> None:
+    """Join the federation and stay until the plan's last round; then write the adapters."""
+    from fedclip_secure.silo.train import take_part
+
+    config = read_silo(path)
+    identity = Identity.load(Path(config.identity))
+    mine = load_accepted(config)
+    check_policy(config.policy, mine.contract, Terms.of(mine.contract, mine.roster), identity.name)
+    with image_progress() as progress:
+        saved = run(take_part(config, identity, mine, progress=progress, say=say, waiting=waiting))
+    for adapter in saved:
+        out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
+    out.print("next: `fedclip-silo evaluate`")
+
+
+@main.command(epilog="Example: fedclip-silo evaluate --adapter best --json")
+@_CONFIG
+@click.option("--adapter", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def evaluate(path: Path, adapter: str, split: str, as_json: bool) -> None:
+    """Accuracy of the global adapter on this silo's own records, class by class, next to zero-shot."""
+    from fedclip_secure.features.encoder import choose_device
+    from fedclip_secure.silo.outcome import adapter_folder, load_adapter
+    from fedclip_secure.training.evaluate import evaluate as measure
+
+    config = read_silo(path)
+    accepted = load_accepted(config)
+    terms = Terms.of(accepted.contract, accepted.roster)
+    state = load_adapter(adapter_folder(Path(config.workdir)) / f"{adapter}.safetensors", terms)
+    inputs = _load(config, accepted, quiet=as_json)
+    device = choose_device(config.device)
+    result = measure(accepted.contract.plan, inputs.task, inputs.splits[split], state, device)
+    if as_json:
+        click.echo(json.dumps(_evaluation_json(adapter, split, result)))
+    else:
+        _print_evaluation(adapter, split, result)
+
+
+async def _fetch_offer(identity: Identity) -> tuple[Accepted, bytes | None]:
+    """Contract and roster as the server has them, and an external model's text features."""
+    async with Client.of(identity, waiting) as client:
+        link = Link(client)
+        offer = await link.offer(identity.server)
+        encoder = offer.contract.lock.encoder
+        if isinstance(encoder, ExternalEncoder):
+            return offer, await link.file(encoder.text_features_sha256)
+        return offer, None
+
+
+def _load(config: SiloConfig, accepted: Accepted, *, quiet: bool = False) -> Inputs:
+    from fedclip_secure.training.inputs import load_inputs
+
+    with image_progress(quiet=quiet) as progress:
+        return load_inputs(config, accepted.contract, progress, text_features_path(config))
+
+
+def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
+    plan = offer.contract.plan
+    table = Table("", Column("", overflow="fold"), box=None, show_header=False)
+    for key, value in {
+        "federation": f"{plan.federation} at {plan.server}",
+        "encoder": f"{plan.model.name}, {offer.contract.lock.encoder.dim} features",
+        "classes": ", ".join(f"{folder}: {phrase}" for folder, phrase in plan.classes.items()),
+        "templates": "; ".join(plan.templates),
+        "method": f"{plan.method.name}, loss {plan.method.loss}; {terms.layout.size:,} parameters travel",
+        "training": f"{plan.training.rounds} rounds of {plan.training.local_epochs} epoch(s), "
+        f"batch {plan.training.batch_size}, {plan.training.optimizer.name}, lr {plan.training.optimizer.lr:g}",
+        "weights": plan.secure_aggregation.weights,
+        "privacy": "none: whoever gets a model may learn about records from it",
+        "a round": f"{terms.floor} to {len(terms.roster.silos)} silos; {terms.threshold} must agree before it opens",
+        "plan": offer.contract.pin,
+        "roster": offer.roster.pin,
+    }.items():
+        table.add_row(key, Text(value))
+    out.print(table)
+    fingerprints = Table("party", "fingerprint of its key", box=None)
+    for name, _ in offer.roster.members:
+        fingerprints.add_row(f"{name} (you)" if name == identity.name else name, offer.roster.fingerprint(name))
+    out.print(fingerprints)
+
+
+def _print_evaluation(adapter: str, split: str, result: Evaluation) -> None:
+    table = Table("class", "records", "zero-shot", adapter, box=None)
+    for row in result.classes:
+        table.add_row(Text(row.name), str(row.adapter.total), _percent(row.zero_shot), _percent(row.adapter))
+    table.add_row("all", str(result.adapter.total), _percent(result.zero_shot), _percent(result.adapter))
+    out.print(f"accuracy on the {split} split")
+    out.print(table)
+
+
+def _percent(counts: Counts) -> str:
+    return "-" if counts.accuracy is None else f"{100 * counts.accuracy:.1f} %"
+
+
+def _evaluation_json(adapter: str, split: str, result: Evaluation) -> dict[str, object]:
+    return {
+        "adapter": adapter,
+        "split": split,
+        "records": result.adapter.total,
+        "accuracy": {"zero_shot": result.zero_shot.accuracy, "federated": result.adapter.accuracy},
+        "classes": {
+            row.name: {
+                "records": row.adapter.total,
+                "zero_shot": row.zero_shot.accuracy,
+                "federated": row.adapter.accuracy,
+            }
+            for row in result.classes
+        },
+    }

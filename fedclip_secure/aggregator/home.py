@@ -1,0 +1,177 @@
+"""The coordinator's folder: what lies where, how it is made, and how its roster is frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from fedclip_secure.aggregator.store import Store
+from fedclip_secure.config.fields import read_model
+from fedclip_secure.config.lock import Contract, ExternalEncoder, read_lock
+from fedclip_secure.config.plan import ExternalModel, FederationPlan
+from fedclip_secure.errors import ConfigError, DataError, TrustError
+from fedclip_secure.files import write_atomically
+from fedclip_secure.names import AGGREGATOR
+from fedclip_secure.pki.authority import AUTHORITY_CERTIFICATE, Authority, create_authority, load_authority
+from fedclip_secure.pki.certificates import write_certificate
+from fedclip_secure.pki.invitation import Invitation
+from fedclip_secure.pki.keys import SigningKey, write_private_key
+from fedclip_secure.pki.roster import Roster
+from fedclip_secure.secagg.terms import Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The folder that `init` makes."""
+
+    folder: Path
+
+    @property
+    def plan_path(self) -> Path:
+        """`federation.yaml`."""
+        return self.folder / "federation.yaml"
+
+    @property
+    def lock_path(self) -> Path:
+        """`federation.lock`, which `prepare` writes."""
+        return self.folder / "federation.lock"
+
+    @property
+    def initial_path(self) -> Path:
+        """The adapter that round 1 starts from."""
+        return self.folder / "initial.safetensors"
+
+    @property
+    def authority_folder(self) -> Path:
+        """The CA. Its key is only needed to enrol silos."""
+        return self.folder / "authority"
+
+    @property
+    def authority_certificate(self) -> Path:
+        """The CA's certificate."""
+        return self.authority_folder / AUTHORITY_CERTIFICATE
+
+    @property
+    def server_certificate(self) -> Path:
+        """The server's certificate for TLS."""
+        return self.folder / "server" / "certificate.pem"
+
+    @property
+    def server_key(self) -> Path:
+        """The server's key for TLS."""
+        return self.folder / "server" / "key.pem"
+
+    @property
+    def signing_key(self) -> Path:
+        """The aggregator's own key, which the roster pins."""
+        return self.folder / "server" / "signing-key.pem"
+
+    def plan(self) -> FederationPlan:
+        """Read `federation.yaml`.
+
+        Raises:
+            ConfigError: missing or faulty.
+        """
+        if not self.plan_path.exists():
+            raise ConfigError(f"{self.plan_path}: is missing; run `fedclip-agg init` or say where with --dir")
+        return read_model(self.plan_path, FederationPlan)
+
+    def contract(self) -> Contract:
+        """Plan and lock, which must belong together."""
+        plan, lock = self.plan(), read_lock(self.lock_path)
+        contract = Contract(plan, lock)
+        if lock.plan != plan.digest.hex():
+            raise ConfigError(f"{self.plan_path}: has changed since `prepare`; run `fedclip-agg prepare` again")
+        return contract
+
+    def store(self) -> Store:
+        """The aggregator's database and files."""
+        return Store(self.folder / "state")
+
+
+def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) -> Home:
+    """Make a coordinator's folder: plan to edit, authority, server certificate, signing key.
+
+    Raises:
+        ConfigError: `folder` holds a federation already; a host or name is impossible.
+    """
+    home = Home(folder)
+    if home.plan_path.exists():
+        raise ConfigError(f"{home.plan_path}: is there already; choose an empty folder")
+    authority = create_authority(home.authority_folder, federation)
+    issue_server_certificate(home, authority, hosts)
+    SigningKey.create(home.signing_key)
+    host = f"[{hosts[0]}]" if ":" in hosts[0] else hosts[0]
+    server = f"https://{host}" if port == 443 else f"https://{host}:{port}"
+    template = resources.files("fedclip_secure.config").joinpath("templates/federation.yaml").read_text("utf-8")
+    write_atomically(home.plan_path, template.replace("{federation}", federation).replace("{server}", server).encode())
+    return home
+
+
+def issue_server_certificate(home: Home, authority: Authority, hosts: Sequence[str]) -> None:
+    """Make the server's TLS key and certificate anew. Silos notice nothing: they pin the authority."""
+    key, certificate = authority.issue_server(hosts)
+    write_private_key(home.server_key, key)
+    write_certificate(home.server_certificate, certificate)
+
+
+def invite(home: Home, silo: str, valid: float) -> str:
+    """A one-time token for `silo`, valid for so many seconds; only its hash is kept.
+
+    Raises:
+        TrustError: the roster is frozen and does not hold this silo.
+    """
+    invitation = Invitation.create(silo, load_authority(home.authority_folder).fingerprint)
+    store = home.store()
+    try:
+        frozen = store.frozen()
+        if frozen is not None and silo not in Roster.decode(frozen[1]).silos:
+            raise TrustError(f"the roster is frozen without {silo}; start a new federation to add a silo")
+        store.add_invitation(silo, invitation.secret_hash(), time.time() + valid)
+    finally:
+        store.close()
+    return invitation.encode()
+
+
+def freeze(home: Home) -> tuple[Contract, Roster, Terms]:
+    """Close the roster over the silos that have enrolled, and keep the contract beside it.
+
+    Raises:
+        TrustError: frozen already; or fewer than 3 silos.
+        ConfigError: plan or lock faulty, or not fit for so many silos.
+    """
+    contract = home.contract()
+    store = home.store()
+    try:
+        if store.frozen() is not None:
+            raise TrustError("the roster is frozen already; a new one needs a new federation")
+        keys = {member.silo: member.public_key for member in store.members()}
+        roster = Roster.of({**keys, AGGREGATOR: SigningKey.load(home.signing_key).public_bytes})
+        terms = Terms.of(contract, roster)
+        for data in _locked_files(home, contract):
+            store.save_file(data)
+        store.freeze(contract.encode(), roster.encode())
+    finally:
+        store.close()
+    return contract, roster, terms
+
+
+def _locked_files(home: Home, contract: Contract) -> list[bytes]:
+    """The files that the lock names by SHA-256, for the silos to fetch."""
+    wanted = {home.initial_path: contract.lock.initial_file}
+    if isinstance(contract.lock.encoder, ExternalEncoder) and isinstance(contract.plan.model, ExternalModel):
+        wanted[home.folder / contract.plan.model.text_features] = contract.lock.encoder.text_features_sha256
+    files = []
+    for path, sha256 in wanted.items():
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); run `fedclip-agg prepare`") from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DataError(f"{path}: has changed since `prepare`; run `fedclip-agg prepare` again")
+        files.append(data)
+    return files

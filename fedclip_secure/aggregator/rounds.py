@@ -1,0 +1,355 @@
+"""The state machine of a run: opens attempts, waits for silos, closes phases, moves the model.
+
+It decides only when a phase ends. What a message must say is the session's business, what must
+outlive a crash the store's. After a restart it goes on from the store; deadlines start anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedclip_secure.aggregator.attempt import LiveAttempt
+from fedclip_secure.aggregator.store import Event, RoundRow, Store
+from fedclip_secure.config.plan import Deadlines
+from fedclip_secure.errors import DataError, ProtocolError
+from fedclip_secure.model.state import AdapterState
+from fedclip_secure.names import AGGREGATOR
+from fedclip_secure.pki.keys import SigningKey
+from fedclip_secure.secagg.aggregator_session import Phase
+from fedclip_secure.secagg.messages import ServerAd, Void, sign_message, vector_hash
+from fedclip_secure.secagg.ring import WORD, Words
+from fedclip_secure.secagg.sealing import SealKey
+from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.transport.messages import OpeningAnswer
+
+PRESENT = 60.0  # seconds since a silo was last heard of, within which a joining round waits for it
+_SEEN_EVERY = 5.0  # seconds between two notes of a silo's presence in the store
+
+
+class AttemptEndedError(Exception):
+    """This attempt is over without a result; the next one starts."""
+
+
+class HaltedError(Exception):
+    """The run cannot go on without a person."""
+
+
+@dataclass(slots=True)
+class Presence:
+    """Who was heard of when, on this process's clock."""
+
+    store: Store
+    seen_at: dict[str, float] = field(default_factory=dict)  # silos that could join
+    noted_at: dict[str, float] = field(default_factory=dict)
+
+    def seen(self, silo: str, *, idle: bool) -> None:
+        """A silo asked for something; an `idle` one sits the present model out."""
+        now = time.monotonic()
+        if idle:
+            self.seen_at.pop(silo, None)
+        else:
+            self.seen_at[silo] = now
+        if now - self.noted_at.get(silo, -_SEEN_EVERY) >= _SEEN_EVERY:
+            self.noted_at[silo] = now
+            self.store.seen(silo, time.time())
+
+    def present(self) -> set[str]:
+        """Silos heard of lately that could join."""
+        return {silo for silo, at in self.seen_at.items() if time.monotonic() - at <= PRESENT}
+
+
+class Rounds:
+    """One federation's run, from the frozen roster to the plan's last round."""
+
+    def __init__(
+        self, store: Store, terms: Terms, key: SigningKey, deadlines: Deadlines, say: Callable[[str], None]
+    ) -> None:
+        self.store, self.terms = store, terms
+        self.presence = Presence(store)
+        self.live: LiveAttempt | None = None
+        self._key, self._say = key, say
+        self._seconds = {
+            Phase.JOIN: deadlines.join,
+            Phase.SHARE: deadlines.share,
+            Phase.UPLOAD: deadlines.upload,
+            Phase.AGREE: deadlines.agree,
+            Phase.UNMASK: deadlines.unmask,
+        }
+        self._changed = asyncio.Event()
+        self._broken: str | None = None  # why the present attempt cannot go on
+
+    @property
+    def finished(self) -> bool:
+        """Whether the plan's last round is confirmed."""
+        done = self.store.rounds()
+        return self.live is None and bool(done) and done[-1].round == self.terms.rounds
+
+    async def run(self) -> None:
+        """Run until the plan's last round, or until only a person can help."""
+        self.store.clear_unfinished()
+        try:
+            while self.store.halted() is None and (live := self._resume() or self._open()) is not None:
+                self._set_live(live)
+                try:
+                    await self._drive(live)
+                except AttemptEndedError as ended:
+                    self._end(live, str(ended))
+        except HaltedError as error:
+            self._say(f"halted: {error}")
+        finally:
+            self._set_live(None)
+
+    def notify(self) -> None:
+        """Something was received: wake all who wait."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait(self, until: Callable[[], bool], seconds: float | None) -> bool:
+        """Wait until `until()` holds, at most `seconds`; whether it does."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while not until():
+            left = 1.0 if end is None else min(1.0, end - time.monotonic())
+            if left <= 0:
+                return False
+            try:  # presence fades without an event, so look again every second
+                await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                continue
+        return True
+
+    def current(self, number: int) -> LiveAttempt:
+        """The attempt `number`, if it is the one going on.
+
+        Raises:
+            ProtocolError: `ended`, with the reason.
+        """
+        if self.live is not None and self.live.row.number == number:
+            return self.live
+        halted = self.store.halted()
+        raise ProtocolError("ended", f"attempt {number} is over" + (f": {halted[0]}" if halted else ""))
+
+    def left_out(self) -> set[str]:
+        """Silos that complaints keep out of this round's attempts."""
+        return excluded(self.store.complaints(self._next_round()), self.terms.roster.silos, self.terms.floor)
+
+    def complain(self, live: LiveAttempt, accuser: str, wire: bytes) -> None:
+        """Take a complaint: it ends the attempt."""
+        complaint = live.session.receive_complaint(accuser, wire)
+        self.store.add_complaint(live.row.round, accuser, complaint.accused)
+        self._broken = f"{accuser} complains that what {complaint.accused} sent it does not open ({complaint.code})"
+        self.notify()
+
+    def answer_opening(self, after: int) -> OpeningAnswer | None:
+        """What a silo that knows of attempt `after` should do now; None while there is nothing new."""
+        halted = self.store.halted()
+        if halted is not None:
+            return OpeningAnswer(state="halted", reason=halted[0], void=halted[1])
+        if self.finished:
+            return OpeningAnswer(state="finished")
+        if self.live is None or self.live.row.number <= after or self.live.session.phase is not Phase.JOIN:
+            return None
+        row = self.live.row
+        return OpeningAnswer(
+            state="open", opening=row.opening, attempt=row.number, results=self.results_of(row.round - 1)
+        )
+
+    def results_of(self, round_number: int) -> list[bytes]:
+        """The signed results of a finished round, in the order of silos."""
+        row = next((row for row in self.store.rounds() if row.round == round_number), None)
+        if row is None:
+            return []
+        return [wire for _, wire in sorted(self.store.messages(row.attempt, Phase.RESULT))]
+
+    def describe(self) -> str:
+        """What the run is waiting for, for a silo that has nothing to do."""
+        if self.live is None:
+            return "the next attempt is being opened"
+        session = self.live.session
+        missing = ", ".join(sorted(session.missing())) or "the silos that are expected"
+        return f"{self._name(self.live)} is at stage {session.phase.name.lower()} and waits for {missing}"
+
+    def note_refusal(self, silo: str, error: ProtocolError) -> None:
+        """Remember that a message was refused, and why."""
+        if self.live is not None and error.code != "late":
+            self._note(self.live, silo, f"refused ({error.code}): {error}")
+
+    async def _drive(self, live: LiveAttempt) -> None:
+        if live.session.phase is Phase.JOIN:
+            await self._join(live)
+        while live.session.phase in (Phase.SHARE, Phase.UPLOAD, Phase.AGREE):
+            await self._collect(live)
+        if live.session.phase is Phase.UNMASK:
+            await self._unmask(live)
+        await self._confirm(live)
+
+    async def _join(self, live: LiveAttempt) -> None:
+        """Until all who are present have joined and the floor holds; at the deadline, until the floor holds."""
+        session, floor = live.session, self.terms.floor
+        out = self.left_out()
+
+        def complete() -> bool:
+            present = self.presence.present() & set(self.terms.roster.silos) - out
+            return len(session.ads) >= floor and present <= set(session.ads)
+
+        if not await self.wait(complete, self._seconds[Phase.JOIN]) and len(session.ads) < floor:
+            self._say(f"{self._name(live)}: {len(session.ads)} joined, {floor} are needed; waiting")
+            await self.wait(lambda: len(session.ads) >= floor, None)
+        self._close(live)
+
+    async def _collect(self, live: LiveAttempt) -> None:
+        """Until all expected have answered, or until the deadline; then the floor decides."""
+        session, phase = live.session, live.session.phase
+        await self.wait(lambda: self._broken is not None or not session.missing(), self._seconds[phase])
+        if self._broken is not None:
+            raise AttemptEndedError(self._broken)
+        self._note_missing(live, self._seconds[phase])
+        try:
+            self._close(live)
+        except ProtocolError as error:
+            raise AttemptEndedError(str(error)) from error
+
+    async def _unmask(self, live: LiveAttempt) -> None:
+        """Shares may be out already, so this waits for t answers however long it takes."""
+        session, seconds = live.session, self._seconds[Phase.UNMASK]
+        while True:
+            complete = await self.wait(lambda: not session.missing(), seconds)
+            if not complete:
+                self._note_missing(live, seconds)
+            if len(session.unmasks) < self.terms.threshold:
+                continue
+            try:
+                total = await asyncio.to_thread(session.unmask_sum, live.vectors())
+                break
+            except ProtocolError as error:
+                if complete:
+                    self._halt(live, str(error), void=None)
+        self._finish_round(live, total)
+
+    def _finish_round(self, live: LiveAttempt, total: Words) -> None:
+        old = self._model(live.opening.ad.model)
+        try:
+            outcome = live.session.compute_result(total, old)
+        except ProtocolError as error:
+            self._halt(live, str(error), self._void(live, str(error)))
+        self.store.save_vector(vector_hash(total), total.astype(WORD, copy=False).data)
+        self.store.save_model(outcome.model.digest, outcome.model.to_safetensors())
+        row = RoundRow(
+            live.row.round, live.row.number, outcome.survivors, outcome.weight, outcome.correct, outcome.total,
+            live.opening.ad.model, outcome.model.digest, vector_hash(total), time.time(),
+        )  # fmt: skip
+        self.store.end_round(row)
+        live.session.close()
+        counts = f"; the model before it had {outcome.correct} of {outcome.total} right" if outcome.total else ""
+        self._say(f"{self.terms.round_name(row.round)}: averaged {', '.join(outcome.survivors)}{counts}")
+        self.notify()
+
+    async def _confirm(self, live: LiveAttempt) -> None:
+        """Until t silos have signed the result: only they can open the next round."""
+        await self.wait(lambda: len(live.session.results) >= self.terms.threshold, None)
+        live.close_phase()
+        self._end(live, "done")
+
+    def _resume(self) -> LiveAttempt | None:
+        """The attempt that was going on when the server stopped, if any."""
+        row = self.store.last_attempt()
+        if row is None or row.ended is not None:
+            return None
+        live = LiveAttempt.restore(self.terms, self.store, row)
+        if live.session.phase is Phase.RESULT:
+            total = np.fromfile(self.store.vector_path(self.store.rounds()[-1].sum_hash), dtype=WORD)
+            live.session.compute_result(total, self._model(live.opening.ad.model))
+            live.restore_results()
+        self._say(f"{self._name(live)}: going on at stage {live.session.phase.name.lower()}")
+        return live
+
+    def _open(self) -> LiveAttempt | None:
+        """Open the next attempt; None after the last round."""
+        round_number, last = self._next_round(), self.store.last_attempt()
+        if round_number > self.terms.rounds:
+            return None
+        number, seal = (1 if last is None else last.number + 1), SealKey.generate()
+        done = self.store.rounds()
+        ad = ServerAd(
+            plan=self.terms.plan,
+            roster=self.terms.roster.digest,
+            round=round_number,
+            attempt=number,
+            model=done[-1].model if done else self.terms.initial_model,
+            nonce=os.urandom(32),
+            seal_public=seal.public,
+        )
+        wire = sign_message(ad, self.terms.federation, AGGREGATOR, self._key.sign)
+        self.store.open_attempt(number, round_number, wire, seal.private, time.time())
+        row = self.store.last_attempt()
+        assert row is not None  # noqa: S101 - written above
+        return LiveAttempt.restore(self.terms, self.store, row)
+
+    def _name(self, live: LiveAttempt) -> str:
+        return f"{self.terms.round_name(live.row.round)}, attempt {live.row.number}"
+
+    def _next_round(self) -> int:
+        done = self.store.rounds()
+        return done[-1].round + 1 if done else 1
+
+    def _model(self, digest: bytes) -> AdapterState:
+        data = self.store.model(digest)
+        if data is None:
+            raise DataError(f"the model {digest.hex()} is missing from the aggregator's state; restore the folder")
+        return AdapterState.from_safetensors(data, self.terms.layout, digest.hex())
+
+    def _close(self, live: LiveAttempt) -> None:
+        phase = live.session.phase
+        live.close_phase()
+        names = ", ".join(sorted(live.session.answered(phase)))
+        self._say(f"{self._name(live)}: {phase.name.lower()} closed with {names}")
+        self.notify()
+
+    def _end(self, live: LiveAttempt, reason: str) -> None:
+        self.store.end_attempt(live.row.number, reason)
+        if reason != "done":
+            self._note(live, None, reason)
+            self._say(f"{self._name(live)} ended: {reason}")
+        self._set_live(None)
+
+    def _set_live(self, live: LiveAttempt | None) -> None:
+        self.live, self._broken = live, None
+        self.notify()
+
+    def _halt(self, live: LiveAttempt, reason: str, void: bytes | None) -> None:
+        self._note(live, None, reason)
+        self.store.halt(reason, void)
+        raise HaltedError(reason)
+
+    def _void(self, live: LiveAttempt, reason: str) -> bytes:
+        body = Void(transcript=live.session.transcript2, reason=reason)
+        return sign_message(body, self.terms.federation, AGGREGATOR, self._key.sign)
+
+    def _note_missing(self, live: LiveAttempt, seconds: float) -> None:
+        for silo in sorted(live.session.missing()):
+            self._note(live, silo, f"no answer within {seconds:.0f} s")
+
+    def _note(self, live: LiveAttempt, silo: str | None, reason: str) -> None:
+        stage = live.session.phase.name.lower()
+        self.store.add_event(Event(time.time(), live.row.round, live.row.number, silo, stage, reason))
+
+
+def excluded(complaints: Iterable[tuple[str, str]], silos: tuple[str, ...], floor: int) -> set[str]:
+    """Whom complaints (accuser, accused), in the order they came, keep out of further attempts at a round.
+
+    A first complaint keeps out both, since nobody can tell who lies; where that would leave too few,
+    and from an accuser's second complaint on, only the accuser: a liar cannot empty the round.
+    """
+    out: set[str] = set()
+    accusers: set[str] = set()
+    for accuser, accused in complaints:
+        both = out | {accuser, accused}
+        first = accuser not in accusers and len(silos) - len(both) >= floor
+        out = both if first else out | {accuser}
+        accusers.add(accuser)
+    return out

@@ -1,0 +1,349 @@
+"""Everything that the aggregator must still know after a power cut: all of its SQL.
+
+SQLite in WAL mode with synchronous=FULL: when a method returns, what it wrote is on the disk.
+Vectors and models are files named by their SHA-256 or digest, beside the database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedclip_secure.errors import DataError, ProtocolError, TrustError
+from fedclip_secure.files import sync_folder, write_atomically
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS invitations (
+    secret_hash BLOB PRIMARY KEY, silo TEXT NOT NULL, expires_at REAL NOT NULL, csr_hash BLOB);
+CREATE TABLE IF NOT EXISTS members (
+    silo TEXT PRIMARY KEY, certificate BLOB NOT NULL, public_key BLOB NOT NULL, not_after REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS frozen (
+    one INTEGER PRIMARY KEY CHECK (one = 1), contract BLOB NOT NULL, roster BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS attempts (
+    number INTEGER PRIMARY KEY, round INTEGER NOT NULL, opening BLOB NOT NULL, seal_private BLOB NOT NULL,
+    opened_at REAL NOT NULL, closed INTEGER NOT NULL DEFAULT 0, ended TEXT);
+CREATE TABLE IF NOT EXISTS messages (
+    attempt INTEGER NOT NULL, phase INTEGER NOT NULL, silo TEXT NOT NULL, body BLOB NOT NULL,
+    received_hash BLOB NOT NULL, PRIMARY KEY (attempt, phase, silo));
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, survivors TEXT NOT NULL, weight INTEGER NOT NULL,
+    correct INTEGER NOT NULL, total INTEGER NOT NULL, start_model BLOB NOT NULL, model BLOB NOT NULL,
+    sum_hash BLOB NOT NULL, ended_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER, attempt INTEGER, silo TEXT, stage TEXT,
+    reason TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS complaints (
+    id INTEGER PRIMARY KEY, round INTEGER NOT NULL, accuser TEXT NOT NULL, accused TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS presence (silo TEXT PRIMARY KEY, seen_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS halted (one INTEGER PRIMARY KEY CHECK (one = 1), reason TEXT NOT NULL, void BLOB);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An enrolled silo."""
+
+    silo: str
+    certificate: bytes  # DER
+    public_key: bytes  # Ed25519, 32 bytes
+    not_after: float  # seconds since 1970
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """An attempt as it was opened; `closed` counts the phases that are over."""
+
+    number: int
+    round: int
+    opening: bytes
+    seal_private: bytes = field(repr=False)
+    opened_at: float
+    closed: int
+    ended: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRow:
+    """A finished round; the counts are of the model it started from."""
+
+    round: int
+    attempt: int
+    survivors: tuple[str, ...]
+    weight: int
+    correct: int
+    total: int
+    start_model: bytes
+    model: bytes
+    sum_hash: bytes
+    ended_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a coordinator will want to know: a drop-out, a refusal, an attempt's end."""
+
+    at: float
+    round: int | None
+    attempt: int | None
+    silo: str | None
+    stage: str | None
+    reason: str
+
+
+class Store:
+    """The aggregator's database and files in `folder`, made on first use (0700: it holds sealing keys)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            for part in ("", "vectors", "models", "files"):
+                (folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sql = sqlite3.connect(folder / "aggregator.sqlite", timeout=30, isolation_level=None)
+            self._sql.execute("PRAGMA journal_mode=WAL")
+            self._sql.execute("PRAGMA synchronous=FULL")
+            self._sql.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
+            self._sql.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise DataError(f"{folder}: cannot be used as the aggregator's state ({error})") from error
+
+    def close(self) -> None:
+        """Close the database."""
+        self._sql.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._sql.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._sql
+        except BaseException:
+            self._sql.execute("ROLLBACK")
+            raise
+        self._sql.execute("COMMIT")
+
+    # Enrolment
+
+    def add_invitation(self, silo: str, secret_hash: bytes, expires_at: float) -> None:
+        """Store an invitation; an earlier one for the same silo that was not used is void."""
+        with self._transaction() as sql:
+            sql.execute("DELETE FROM invitations WHERE silo = ? AND csr_hash IS NULL", (silo,))
+            sql.execute("INSERT INTO invitations VALUES (?, ?, ?, NULL)", (secret_hash, silo, expires_at))
+
+    def invited(self, secret_hash: bytes, csr: bytes, now: float) -> tuple[str, bool]:
+        """The silo that a token was made for, and whether it was used already with this very request.
+
+        Raises:
+            TrustError: unknown, expired, or used with another request.
+        """
+        row = self._sql.execute(
+            "SELECT silo, expires_at, csr_hash FROM invitations WHERE secret_hash = ?", (secret_hash,)
+        ).fetchone()
+        if row is None:
+            raise TrustError("the token is not known here: another was made since, or it is of another federation")
+        silo, expires_at, csr_hash = row
+        if csr_hash is not None and csr_hash != hashlib.sha256(csr).digest():
+            raise TrustError(
+                f"the token for {silo} was used already, with another key; if that was not you, tell the coordinator"
+            )
+        if csr_hash is None and expires_at < now:
+            raise TrustError(f"the token for {silo} has expired; ask the coordinator for a new one")
+        return str(silo), csr_hash is not None
+
+    def enrol(self, secret_hash: bytes, csr: bytes, member: Member) -> None:
+        """Use up a token and keep the certificate, in one step."""
+        with self._transaction() as sql:
+            sql.execute(
+                "UPDATE invitations SET csr_hash = ? WHERE secret_hash = ?", (hashlib.sha256(csr).digest(), secret_hash)
+            )
+            sql.execute(
+                "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?)",
+                (member.silo, member.certificate, member.public_key, member.not_after),
+            )
+
+    def member(self, silo: str) -> Member | None:
+        """An enrolled silo, or None."""
+        return next((member for member in self.members() if member.silo == silo), None)
+
+    def members(self) -> list[Member]:
+        """All enrolled silos, in the order of names."""
+        return [Member(*row) for row in self._sql.execute("SELECT * FROM members ORDER BY silo")]
+
+    def open_invitations(self, now: float) -> list[tuple[str, float]]:
+        """Invitations that can still be used: silo, expiry."""
+        query = "SELECT silo, expires_at FROM invitations WHERE csr_hash IS NULL AND expires_at >= ? ORDER BY silo"
+        return [(silo, expires) for silo, expires in self._sql.execute(query, (now,))]
+
+    def freeze(self, contract: bytes, roster: bytes) -> None:
+        """Close the roster, once and for all."""
+        with self._transaction() as sql:
+            sql.execute("INSERT INTO frozen VALUES (1, ?, ?)", (contract, roster))
+
+    def frozen(self) -> tuple[bytes, bytes] | None:
+        """Contract and roster in canonical form, once they are frozen."""
+        row = self._sql.execute("SELECT contract, roster FROM frozen").fetchone()
+        return None if row is None else (row[0], row[1])
+
+    # Attempts
+
+    def open_attempt(self, number: int, round_number: int, opening: bytes, seal_private: bytes, now: float) -> None:
+        """Keep an opening before any silo sees it."""
+        with self._transaction() as sql:
+            sql.execute(
+                "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, 0, NULL)",
+                (number, round_number, opening, seal_private, now),
+            )
+
+    def last_attempt(self) -> AttemptRow | None:
+        """The newest attempt."""
+        row = self._sql.execute("SELECT * FROM attempts ORDER BY number DESC LIMIT 1").fetchone()
+        return None if row is None else AttemptRow(*row)
+
+    def close_phase(self, attempt: int) -> None:
+        """One more phase of the attempt is over."""
+        with self._transaction() as sql:
+            sql.execute("UPDATE attempts SET closed = closed + 1 WHERE number = ?", (attempt,))
+
+    def end_attempt(self, attempt: int, reason: str) -> None:
+        """The attempt is over; its secrets and vectors are of no more use and go."""
+        vectors = [body[:32] for _, body in self.messages(attempt, phase=2)]
+        with self._transaction() as sql:
+            sql.execute("UPDATE attempts SET ended = ?, seal_private = x'' WHERE number = ?", (reason, attempt))
+            sql.execute("DELETE FROM messages WHERE attempt = ? AND phase < 5", (attempt,))
+        for vector in vectors:
+            self.vector_path(vector).unlink(missing_ok=True)
+
+    def known(self, attempt: int, phase: int, silo: str, received: bytes) -> bool:
+        """Whether this very message was acknowledged before.
+
+        Raises:
+            ProtocolError: `differs`: another one was.
+        """
+        query = "SELECT received_hash FROM messages WHERE attempt = ? AND phase = ? AND silo = ?"
+        row = self._sql.execute(query, (attempt, phase, silo)).fetchone()
+        if row is None:
+            return False
+        if row[0] != received:
+            raise ProtocolError(
+                "differs", f"{silo} sent another message at this stage before: sha256 {row[0].hex()}", silo=silo
+            )
+        return True
+
+    def add_message(self, attempt: int, phase: int, silo: str, body: bytes, received: bytes) -> None:
+        """Keep a checked message before it is acknowledged; `received` is the SHA-256 of what came in."""
+        with self._transaction() as sql:
+            sql.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?)", (attempt, phase, silo, body, received))
+
+    def messages(self, attempt: int, phase: int) -> list[tuple[str, bytes]]:
+        """Silo and body of a phase's messages, in the order they came."""
+        query = "SELECT silo, body FROM messages WHERE attempt = ? AND phase = ? ORDER BY rowid"
+        return [(silo, body) for silo, body in self._sql.execute(query, (attempt, phase))]
+
+    # Rounds
+
+    def end_round(self, row: RoundRow) -> None:
+        """Keep a round's outcome and close its unmasking, in one step."""
+        values = (
+            row.round, row.attempt, " ".join(row.survivors), row.weight, row.correct, row.total,
+            row.start_model, row.model, row.sum_hash, row.ended_at,
+        )  # fmt: skip
+        with self._transaction() as sql:
+            sql.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            sql.execute("UPDATE attempts SET closed = closed + 1 WHERE number = ?", (row.attempt,))
+        for earlier in self.rounds()[:-1]:  # who was away then takes the model, not the sum
+            self.vector_path(earlier.sum_hash).unlink(missing_ok=True)
+
+    def rounds(self) -> list[RoundRow]:
+        """All finished rounds."""
+        rows = self._sql.execute("SELECT * FROM rounds ORDER BY round")
+        return [RoundRow(r[0], r[1], tuple(r[2].split()), *r[3:]) for r in rows]
+
+    def add_complaint(self, round_number: int, accuser: str, accused: str) -> None:
+        """Keep a complaint."""
+        with self._transaction() as sql:
+            sql.execute(
+                "INSERT INTO complaints (round, accuser, accused) VALUES (?, ?, ?)", (round_number, accuser, accused)
+            )
+
+    def complaints(self, round_number: int) -> list[tuple[str, str]]:
+        """Accuser and accused of a round's complaints, in the order they came."""
+        query = "SELECT accuser, accused FROM complaints WHERE round = ? ORDER BY id"
+        return self._sql.execute(query, (round_number,)).fetchall()
+
+    def halt(self, reason: str, void: bytes | None) -> None:
+        """The run cannot go on without a person."""
+        with self._transaction() as sql:
+            sql.execute("INSERT OR REPLACE INTO halted VALUES (1, ?, ?)", (reason, void))
+
+    def halted(self) -> tuple[str, bytes | None] | None:
+        """Why the run cannot go on, and the signed word that says so."""
+        row = self._sql.execute("SELECT reason, void FROM halted").fetchone()
+        return None if row is None else (row[0], row[1])
+
+    # What a coordinator sees
+
+    def add_event(self, event: Event) -> None:
+        """Note an event."""
+        with self._transaction() as sql:
+            sql.execute(
+                "INSERT INTO events (at, round, attempt, silo, stage, reason) VALUES (?, ?, ?, ?, ?, ?)",
+                (event.at, event.round, event.attempt, event.silo, event.stage, event.reason),
+            )
+
+    def events(self) -> list[Event]:
+        """All events, oldest first."""
+        query = "SELECT at, round, attempt, silo, stage, reason FROM events ORDER BY id"
+        return [Event(*row) for row in self._sql.execute(query)]
+
+    def seen(self, silo: str, now: float) -> None:
+        """A silo was heard of."""
+        with self._transaction() as sql:
+            sql.execute("INSERT OR REPLACE INTO presence VALUES (?, ?)", (silo, now))
+
+    def presence(self) -> dict[str, float]:
+        """When each silo was last heard of."""
+        return dict(self._sql.execute("SELECT silo, seen_at FROM presence").fetchall())
+
+    # Files
+
+    def vector_path(self, sha256: bytes) -> Path:
+        """Where a masked vector or a sum lies."""
+        return self._folder / "vectors" / f"{sha256.hex()}.words"
+
+    def save_vector(self, sha256: bytes, data: memoryview) -> None:
+        """Keep a sum."""
+        write_atomically(self.vector_path(sha256), data.cast("B"))
+
+    def sync_vectors(self) -> None:
+        """Put the names of vectors that have arrived on the disk."""
+        sync_folder(self._folder / "vectors")
+
+    def new_vector_path(self) -> Path:
+        """A name for a vector that is still arriving."""
+        return self._folder / "vectors" / f"{os.urandom(16).hex()}.part"
+
+    def clear_unfinished(self) -> None:
+        """Remove what was arriving when the server stopped."""
+        for path in (self._folder / "vectors").glob("*.part"):
+            path.unlink()
+
+    def save_model(self, digest: bytes, data: bytes) -> None:
+        """Keep a model as safetensors."""
+        write_atomically(self._folder / "models" / f"{digest.hex()}.safetensors", data)
+
+    def save_file(self, data: bytes) -> None:
+        """Keep a file that the lock names by its SHA-256."""
+        write_atomically(self._folder / "files" / hashlib.sha256(data).hexdigest(), data)
+
+    def file(self, sha256: bytes) -> bytes | None:
+        """A file that the lock names, or None."""
+        path = self._folder / "files" / sha256.hex()
+        return path.read_bytes() if path.is_file() else None
+
+    def model(self, digest: bytes) -> bytes | None:
+        """A model as safetensors, or None."""
+        path = self._folder / "models" / f"{digest.hex()}.safetensors"
+        return path.read_bytes() if path.is_file() else None

@@ -1,0 +1,1 @@
+"""Keys, certificates, invitations, and the roster that a person has compared."""

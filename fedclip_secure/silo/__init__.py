@@ -1,0 +1,1 @@
+"""A silo's side of a run: what it accepts, what it remembers, what it sends."""

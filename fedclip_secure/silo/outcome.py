@@ -1,0 +1,118 @@
+"""The end of a run at a silo: which model was best and which is last, on the word of t silos each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedclip_secure.config.lock import Contract
+from fedclip_secure.errors import ConfigError, DataError, ProtocolError
+from fedclip_secure.files import write_atomically
+from fedclip_secure.model.state import AdapterState
+from fedclip_secure.secagg.messages import Result
+from fedclip_secure.secagg.opening import check_results
+from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo.link import Link
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPoint:
+    """The model after `round` rounds, and its validation counts over the silos of the next round."""
+
+    round: int
+    model: bytes  # digest
+    correct: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """An adapter as it lies in the workdir: `best` or `last`."""
+
+    kind: str
+    path: Path
+    card: dict[str, object]
+
+
+async def fetch_points(link: Link, terms: Terms) -> list[ModelPoint]:
+    """Follow the chain of results from the initial model to the last one.
+
+    Raises:
+        ProtocolError: `chain`: a round is missing, or t silos do not vouch for it.
+    """
+    points, model = [], terms.initial_model
+    for number in range(1, terms.rounds + 1):
+        result = check_results(terms, await link.results(number))
+        _check_order(result, number)
+        points.append(ModelPoint(number - 1, model, result.correct, result.total))
+        model = result.model
+    if terms.rounds == terms.training_rounds:  # no closing validation round: nobody has counted for the last model
+        points.append(ModelPoint(terms.rounds, model, 0, 0))
+    return points
+
+
+def best_of(points: list[ModelPoint]) -> ModelPoint:
+    """The point of the highest validation accuracy, the later one of equals; the last where nobody counted."""
+    return max(points, key=lambda point: (point.correct / point.total if point.total else 0.0, point.round))
+
+
+async def save_adapters(link: Link, contract: Contract, terms: Terms, workdir: Path) -> list[SavedAdapter]:
+    """Fetch the best and the last adapter and write each as safetensors with a JSON card beside it.
+
+    Raises:
+        ProtocolError: `chain`. ModelError: the server sent another model. DataError: the disk refuses.
+    """
+    points = await fetch_points(link, terms)
+    saved = []
+    for kind, point in (("best", best_of(points)), ("last", points[-1])):
+        state = await link.model(point.model, terms)
+        card = _card(kind, point, contract, terms)
+        folder = adapter_folder(workdir)
+        write_atomically(folder / f"{kind}.safetensors", state.to_safetensors({"model": point.model.hex()}))
+        write_atomically(folder / f"{kind}.json", f"{json.dumps(card, indent=2, ensure_ascii=False)}\n".encode())
+        saved.append(SavedAdapter(kind, folder / f"{kind}.safetensors", card))
+    return saved
+
+
+def load_adapter(path: Path, terms: Terms) -> AdapterState:
+    """Read an adapter of the plan's layout.
+
+    Raises:
+        ConfigError: there is none yet. ModelError: it is another method's.
+    """
+    try:
+        return AdapterState.from_safetensors(path.read_bytes(), terms.layout, str(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: is missing; `fedclip-silo train` writes it when the run ends") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def adapter_folder(workdir: Path) -> Path:
+    """Where the adapters of a run lie."""
+    return workdir / "adapters"
+
+
+def _check_order(result: Result, number: int) -> None:
+    if result.round != number:
+        raise ProtocolError("chain", f"the server gave the results of round {result.round} for round {number}")
+
+
+def _card(kind: str, point: ModelPoint, contract: Contract, terms: Terms) -> dict[str, object]:
+    plan, lock = contract.plan.model_dump(mode="json"), contract.lock.model_dump(mode="json")
+    return {
+        "federation": terms.federation,
+        "adapter": kind,
+        "after_round": point.round,
+        "model_digest": point.model.hex(),
+        "validation": {"correct": point.correct, "total": point.total, "scope": "all silos of the round after it"},
+        "plan": contract.pin,
+        "roster": terms.roster.pin,
+        "method": plan["method"],
+        "model": plan["model"],
+        "encoder": {key: value for key, value in lock["encoder"].items() if key != "config"},
+        "classes": dict(plan["classes"]),
+        "templates": plan["templates"],
+        "privacy": "none: whoever has this adapter may learn about the training records from it",
+    }

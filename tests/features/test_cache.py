@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save
+
+from fedclip_secure.errors import DataError
+from fedclip_secure.features.cache import FeatureCache
+
+ENCODER = b"e" * 32
+KEYS = [bytes([number]) * 32 for number in range(4)]
+ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+def fresh(folder: Path, encoder: bytes = ENCODER, dim: int = 3) -> FeatureCache:
+    return FeatureCache(folder, encoder, dim)
+
+
+def shard(folder: Path) -> Path:
+    (path,) = folder.rglob("*.safetensors")
+    return path
+
+
+def test_what_was_added_is_there_after_reopening(tmp_path: Path) -> None:
+    fresh(tmp_path).add(KEYS[:2], ROWS[:2])
+    fresh(tmp_path).add(KEYS[2:], ROWS[2:])
+    cache = fresh(tmp_path)
+    found = cache.get([*KEYS, b"x" * 32])
+    assert len(cache) == len(found) == 4
+    assert all((found[key] == row).all() for key, row in zip(KEYS, ROWS, strict=True))
+
+
+def test_another_encoder_finds_nothing(tmp_path: Path) -> None:
+    fresh(tmp_path).add(KEYS, ROWS)
+    assert not fresh(tmp_path, b"f" * 32).get(KEYS)
+
+
+def test_shard_is_named_by_its_own_hash_and_no_part_is_left(tmp_path: Path) -> None:
+    fresh(tmp_path).add(KEYS, ROWS)
+    path = shard(tmp_path)
+    assert path.stem == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sorted(load_file(path)) == ["features", "keys"]
+    assert [entry for entry in path.parent.iterdir() if entry != path] == []
+
+
+def test_flipped_bit_sets_the_shard_aside_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fresh(tmp_path).add(KEYS, ROWS)
+    path = shard(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        cache = fresh(tmp_path)
+    assert not cache.get(KEYS)
+    assert cache.damaged == [path.with_suffix(".damaged")]
+    assert "is damaged and was set aside" in caplog.text
+    cache.add(KEYS, ROWS)
+    assert len(fresh(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"junk",
+        save({"keys": np.zeros((2, 32), np.uint8)}),
+        save({"keys": np.zeros((2, 32), np.uint8), "features": np.zeros((2, 5), np.float32)}),
+        save({"keys": np.zeros((2, 16), np.uint8), "features": np.zeros((2, 3), np.float32)}),
+        save({"keys": np.zeros((1, 32), np.uint8), "features": np.full((1, 3), np.nan, np.float32)}),
+    ],
+)
+def test_shard_that_is_none_is_set_aside_even_under_its_own_hash(tmp_path: Path, data: bytes) -> None:
+    folder = tmp_path / ENCODER.hex()
+    folder.mkdir()
+    (folder / f"{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
+    cache = fresh(tmp_path)
+    assert len(cache) == 0
+    assert len(cache.damaged) == 1
+
+
+@pytest.fixture
+def tiny_files() -> Iterator[None]:
+    """The system refuses to write more than 400 bytes into a file, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_is_told_and_earlier_shards_stay(tmp_path: Path, tiny_files: None) -> None:
+    cache = fresh(tmp_path)
+    cache.add(KEYS[:1], ROWS[:1])
+    with pytest.raises(DataError, match=r"cannot be written \(.*free space"):
+        cache.add(KEYS * 10, np.tile(ROWS, (10, 1)))
+    assert len(fresh(tmp_path)) == len(cache) == 1
+    assert [path.suffix for path in shard(tmp_path).parent.iterdir()] == [".safetensors"]
+
+
+def test_store_where_a_file_lies_is_told(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(DataError, match="cannot be written"):
+        fresh(tmp_path / "store").add(KEYS, ROWS)
+
+
+def test_features_of_another_width_or_with_nan_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\(4, 3\) float32 for 4 images, the lock says \(4, 5\)"):
+        fresh(tmp_path, dim=5).add(KEYS, ROWS)
+    with pytest.raises(DataError, match="NaN or infinity"):
+        fresh(tmp_path).add(KEYS, np.full((4, 3), np.inf, np.float32))

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from fedclip_secure.config.lock import Contract, ExternalEncoder
+from fedclip_secure.config.plan import ExternalModel, FederationPlan
+from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.data.dataset import FeatureSet
+from fedclip_secure.errors import ConfigError, DataError, ModelError
+from fedclip_secure.model.state import AdapterState, Layout
+from fedclip_secure.training.evaluate import evaluate
+from fedclip_secure.training.inputs import Inputs, load_inputs
+from fedclip_secure.training.local import LocalTrainer
+from fedclip_secure.training.prepare import Prepared, prepare
+
+
+def initial_state(prepared: Prepared) -> AdapterState:
+    layout = Layout(tuple((entry.name, tuple(entry.shape)) for entry in prepared.lock.layout))
+    return AdapterState.from_safetensors(prepared.initial_file, layout, "initial.safetensors")
+
+
+def silo(data: dict[str, Any], workdir: Path, **changes: Any) -> SiloConfig:
+    return SiloConfig.model_validate({"name": "lab", "data": data, "workdir": str(workdir), "device": "cpu", **changes})
+
+
+def silent(done: int, total: int) -> None:
+    assert done <= total
+
+
+@pytest.fixture
+def home(random_tower: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_tower, tmp_path / "home"))
+
+
+@pytest.fixture
+def external(tower_plan: FederationPlan, home: Path) -> FederationPlan:
+    """The same plan over features that come in files, 8 wide."""
+    classes = list(tower_plan.classes)
+    text = np.eye(len(classes), 8, dtype=np.float32) * 3
+    arrays: dict[str, Any] = {"text_features": text, "logit_scale": np.array(100.0, dtype=np.float32)}
+    save_file(arrays, home / "prompts.safetensors", {"classes": json.dumps(classes)})
+    model = ExternalModel(name="external", dim=8, text_features="prompts.safetensors")
+    return tower_plan.model_copy(update={"model": model})
+
+
+@pytest.fixture
+def features(tower_plan: FederationPlan, tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        "features": random.normal(size=(50, 8)).astype(np.float32),
+        "labels": random.integers(0, 7, 50),
+    }
+    save_file(arrays, tmp_path / "features.safetensors", {"classes": json.dumps(list(tower_plan.classes))})
+    return tmp_path / "features.safetensors"
+
+
+def test_lock_pins_the_initial_adapter(tower_plan: FederationPlan, home: Path) -> None:
+    prepared = prepare(tower_plan, home)
+    state = initial_state(prepared)
+    assert prepared.lock.initial_model == state.digest.hex()
+    assert prepared.lock.initial_file == hashlib.sha256(prepared.initial_file).hexdigest()
+    assert [entry.name for entry in prepared.lock.layout] == [
+        "hidden.weight",
+        "hidden.bias",
+        "gate.weight",
+        "gate.bias",
+    ]
+
+
+def test_seed_alone_decides_the_initial_adapter_and_stays_inside(tower_plan: FederationPlan, home: Path) -> None:
+    before = torch.random.get_rng_state()
+    first = prepare(tower_plan, home).lock
+    torch.rand(3)
+    assert prepare(tower_plan, home).lock == first
+    seeded = tower_plan.model_copy(update={"training": tower_plan.training.model_copy(update={"seed": 1})})
+    assert prepare(seeded, home).lock.initial_model != first.initial_model
+    torch.random.set_rng_state(before)
+    prepare(tower_plan, home)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_earlier_adapter_is_continued(tower_plan: FederationPlan, home: Path) -> None:
+    state = initial_state(prepare(tower_plan, home))
+    moved = AdapterState(state.layout, state.vector + 1)
+    (home / "earlier.safetensors").write_bytes(moved.to_safetensors())
+    again = prepare(tower_plan.model_copy(update={"initial": "earlier.safetensors"}), home)
+    assert again.lock.initial_model == moved.digest.hex()
+
+
+def test_earlier_adapter_at_fault_is_named(tower_plan: FederationPlan, home: Path) -> None:
+    plan = tower_plan.model_copy(update={"initial": "earlier.safetensors"})
+    with pytest.raises(ConfigError, match=r"earlier\.safetensors: cannot be read.*`initial`"):
+        prepare(plan, home)
+    (home / "earlier.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelError, match=r"earlier\.safetensors: is not a safetensors file"):
+        prepare(plan, home)
+
+
+def test_external_text_features_are_locked(external: FederationPlan, home: Path) -> None:
+    encoder = prepare(external, home).lock.encoder
+    assert isinstance(encoder, ExternalEncoder)
+    assert (encoder.dim, encoder.logit_scale) == (8, 100.0)
+    assert encoder.text_features_sha256 == hashlib.sha256((home / "prompts.safetensors").read_bytes()).hexdigest()
+
+
+def test_missing_text_features_are_named(external: FederationPlan, home: Path) -> None:
+    (home / "prompts.safetensors").unlink()
+    with pytest.raises(DataError, match=r"prompts\.safetensors"):
+        prepare(external, home)
+
+
+def test_external_features_train(external: FederationPlan, home: Path, features: Path, tmp_path: Path) -> None:
+    prepared = prepare(external, home)
+    settings = silo({"format": "embeddings", "path": str(features)}, tmp_path / "work")
+    inputs = load_inputs(settings, Contract(external, prepared.lock), silent, home / "prompts.safetensors")
+    assert {name: len(part) for name, part in inputs.splits.items()}.keys() == {"train", "validation", "test"}
+    assert sum(len(part) for part in inputs.splits.values()) == 50
+    trainer = LocalTrainer(external, inputs.task, inputs.splits, torch.device("cpu"))
+    assert np.abs(trainer.train(initial_state(prepared))).max() > 0
+
+
+def test_external_model_needs_its_own_text_features_and_feature_files(
+    external: FederationPlan, home: Path, features: Path, tmp_path: Path
+) -> None:
+    contract = Contract(external, prepare(external, home).lock)
+    settings = silo({"format": "embeddings", "path": str(features)}, tmp_path)
+    with pytest.raises(ConfigError, match="its file of text features is needed"):
+        load_inputs(settings, contract, silent)
+    with pytest.raises(ModelError, match="not the file that the coordinator locked"):
+        load_inputs(settings, contract, silent, features)
+    folder = silo({"format": "folder", "path": str(tmp_path)}, tmp_path)
+    with pytest.raises(ConfigError, match="no encoder runs here; set `embeddings`"):
+        load_inputs(folder, contract, silent, home / "prompts.safetensors")
+
+
+def test_lock_of_another_kind_than_the_plan_is_refused(
+    tower_plan: FederationPlan, external: FederationPlan, home: Path, features: Path, tmp_path: Path
+) -> None:
+    settings = silo({"format": "embeddings", "path": str(features)}, tmp_path)
+    for plan, other in ((tower_plan, external), (external, tower_plan)):
+        with pytest.raises(ConfigError, match=r"federation\.lock: its encoder is not the plan's"):
+            load_inputs(settings, Contract(plan, prepare(other, home).lock), silent, home / "prompts.safetensors")
+
+
+def test_real_images_go_from_folder_to_update(
+    tower_plan: FederationPlan, home: Path, pacs_mini: Path, tmp_path: Path
+) -> None:
+    prepared = prepare(tower_plan, home)
+    contract = Contract(tower_plan, prepared.lock)
+    data = {"format": "folder", "path": str(pacs_mini / "photo")}
+    settings = silo(data, tmp_path / "work", weights=str(home / "tower.safetensors"))
+    calls: list[tuple[int, int]] = []
+    inputs = load_inputs(settings, contract, lambda done, total: calls.append((done, total)))
+    again = load_inputs(settings, contract, lambda done, total: calls.append((done, total)))
+    assert (calls[0], calls[-2], calls[-1]) == ((0, 168), (168, 168), (168, 168))
+    assert same(inputs, again)
+    state = initial_state(prepared)
+    update = LocalTrainer(tower_plan, inputs.task, inputs.splits, torch.device("cpu")).train(state)
+    trained = AdapterState(state.layout, (state.vector + update).astype(np.float32))
+    result = evaluate(tower_plan, inputs.task, inputs.splits["test"], trained, torch.device("cpu"))
+    assert result.adapter.total == result.zero_shot.total == len(inputs.splits["test"])
+
+
+def same(left: Inputs, right: Inputs) -> bool:
+    pairs: list[tuple[FeatureSet, FeatureSet]] = [(left.splits[name], right.splits[name]) for name in left.splits]
+    return all((one.image_features == two.image_features).all() for one, two in pairs)
+
+
+def test_config_model_and_canonical_load_no_torch() -> None:
+    program = (
+        "import sys, fedclip_secure.config.plan, fedclip_secure.config.lock, fedclip_secure.config.silo, "
+        "fedclip_secure.model.state, fedclip_secure.canonical, fedclip_secure.data.embeddings, "
+        "fedclip_secure.data.folder; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
