@@ -73,13 +73,17 @@ def prepare(folder: Path) -> None:
 @click.argument("silo")
 @_DIR
 @click.option("--valid", default="7d", show_default=True, help="How long the token can be used: 12h, 7d.")
-def invite(silo: str, folder: Path, valid: str) -> None:
+@click.option("--token-only", is_flag=True, help="Print nothing but the token, for a script.")
+def invite(silo: str, folder: Path, valid: str, token_only: bool) -> None:
     """Make a one-time token with which SILO enrols. Send it over a channel that you trust."""
     from fedclip_secure.aggregator.home import invite as make
 
     home = Home(folder)
     plan = home.plan()
     token = make(home, silo, parse_duration(valid))
+    if token_only:
+        click.echo(token)
+        return
     out.print(f"token for {silo}, once, within {valid}:\n{token}", markup=False)
     out.print(f"on the silo: fedclip-silo enroll {plan.server} --token TOKEN", markup=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,8 @@ from rich.text import Text
 
 from fedclip_cli.console import FILE, Group, image_progress, out, run, say, waiting
 from fedclip_secure.config.lock import ExternalEncoder
-from fedclip_secure.config.silo import SiloConfig, read_silo
+from fedclip_secure.config.silo import SiloConfig, read_silo, write_silo
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import spki_sha256
@@ -51,12 +49,16 @@ def main() -> None:
 @click.argument("url")
 @click.option("--token", required=True, help="The one-time token from the coordinator.")
 @_CONFIG
-def enroll(url: str, token: str, path: Path) -> None:
-    """Make this silo's key here, get its certificate, and pin the coordinator's authority."""
+@click.option("--images", default="images", show_default=True, help="Folder of class folders, for a new silo.yaml.")
+@click.option("--weights", help="Local copy of the encoder's checkpoint, for a new silo.yaml.")
+def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -> None:
+    """Make this silo's key here, get its certificate, and pin the coordinator's authority.
+
+    Writes a silo.yaml to start from where there is none.
+    """
     name = Invitation.decode(token).name
     if not path.exists():
-        template = resources.files("fedclip_secure.config").joinpath("templates/silo.yaml").read_text("utf-8")
-        write_atomically(path, template.replace("{name}", name).encode())
+        write_silo(path, name, images, weights)
         out.print(f"wrote {path} to start from", markup=False)
     config = read_silo(path)
     if config.name != name:

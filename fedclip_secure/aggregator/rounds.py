@@ -306,8 +306,12 @@ class Rounds:
     def _close(self, live: LiveAttempt) -> None:
         phase = live.session.phase
         live.close_phase()
-        names = ", ".join(sorted(live.session.answered(phase)))
-        self._say(f"{self._name(live)}: {phase.name.lower()} closed with {names}")
+        names = set(live.session.answered(phase))
+        absent = (
+            set(self.terms.roster.silos if phase is Phase.JOIN else live.session.answered(Phase(phase - 1))) - names
+        )
+        without = f", without {', '.join(sorted(absent))}" if absent else ""
+        self._say(f"{self._name(live)}: {phase.name.lower()} closed with {', '.join(sorted(names))}{without}")
         self.notify()
 
     def _end(self, live: LiveAttempt, reason: str) -> None:

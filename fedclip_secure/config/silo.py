@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +11,7 @@ from pydantic import Field
 
 from fedclip_secure.config.fields import Name, Pin, Strict, Text, read_model
 from fedclip_secure.errors import ConfigError
+from fedclip_secure.files import write_atomically
 from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
 
@@ -66,3 +69,16 @@ def read_silo(path: Path) -> SiloConfig:
         "weights": None if config.weights is None else str(home / config.weights),
     }
     return config.model_copy(update=paths)
+
+
+def write_silo(path: Path, name: str, images: str, weights: str | None) -> None:
+    """Write a `silo.yaml` to start from, with comments that say what can be set.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    text = resources.files("fedclip_secure.config").joinpath("templates/silo.yaml").read_text("utf-8")
+    text = text.replace("{name}", name).replace("{images}", json.dumps(images, ensure_ascii=False))
+    if weights is not None:
+        text = text.replace("# weights: ViT-B-32.pt ", f"weights: {json.dumps(weights, ensure_ascii=False)} ")
+    write_atomically(path, text.encode())

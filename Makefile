@@ -1,0 +1,29 @@
+# The whole interface for developing. Needs only make and Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The environment is made anew when pyproject.toml changes, and only then.
+STAMP := $(VENV)/.made-for-$(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(open('pyproject.toml', 'rb').read()).hexdigest()[:16])")
+
+.PHONY: test check test-long bench
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test-long: $(STAMP)
+	$(BIN)/pytest -m long --timeout 1800
+
+bench: $(STAMP)
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+$(STAMP):
+	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12' % sys.version_info[:2] if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	rm -f $(VENV)/.made-for-*
+	touch $@

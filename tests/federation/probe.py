@@ -1,0 +1,83 @@
+"""A silo process that also writes down what it computed, and can stop for good before an upload.
+
+For tests alone: the package has no switch that could write an unmasked update anywhere.
+`python -m tests.federation.probe SILO_YAML DUMP_FOLDER [--pause-from ATTEMPT]`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedclip_secure.config.silo import read_silo
+from fedclip_secure.model.state import AdapterState
+from fedclip_secure.pki.identity import Identity
+from fedclip_secure.secagg.ring import Words
+from fedclip_secure.secagg.silo_session import ModelRecord
+from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo import train
+from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.pins import load_accepted
+from fedclip_secure.silo.runner import Runner
+
+PAUSED = "paused"
+_dump = Path(sys.argv[2])
+_pause_from = int(sys.argv[4]) if len(sys.argv) > 4 else 2**31
+
+
+class ProbedRunner(Runner):
+    """Keeps the update in float64, the old model and the integers of each round."""
+
+    def _make_record(self, round_number: int, old: AdapterState) -> ModelRecord:
+        updates: list[npt.NDArray[np.float64]] = [np.zeros(old.vector.size)]
+        train_once = self._trainer.train
+
+        def remembering(received: AdapterState) -> npt.NDArray[np.float64]:
+            updates.append(train_once(received))
+            return updates[-1]
+
+        self._trainer.train = remembering  # type: ignore[method-assign]
+        record = super()._make_record(round_number, old)
+        self._trainer.train = train_once  # type: ignore[method-assign]
+        np.savez(_dump / f"round-{round_number}.npz", update=updates[-1], old=old.vector, integers=record.vector)
+        return record
+
+
+class ProbedLink(Link):
+    """Keeps the sums that the server sends; hangs before an upload when told to."""
+
+    async def send_upload(self, attempt: int, pieces: Iterable[bytes]) -> None:
+        if attempt >= _pause_from:
+            (_dump / PAUSED).write_text(str(attempt))
+            await asyncio.sleep(3600)
+        await super().send_upload(attempt, pieces)
+
+    async def sum(self, attempt: int, terms: Terms) -> Words:
+        words = await super().sum(attempt, terms)
+        np.save(_dump / f"sum-{attempt}.npy", words)
+        return words
+
+
+def main() -> None:
+    vars(train).update(Runner=ProbedRunner, Link=ProbedLink)
+    config = read_silo(Path(sys.argv[1]))
+    identity = Identity.load(Path(config.identity))
+    asyncio.run(
+        train.take_part(
+            config,
+            identity,
+            load_accepted(config),
+            progress=lambda _done, _total: None,
+            say=lambda text: print(text, flush=True),
+            waiting=lambda reason, _seconds: print(reason, flush=True),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
