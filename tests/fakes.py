@@ -55,6 +55,7 @@ class Federation:
             grid=FixedPoint(0.1, self.size, self.max_weight),
             initial_model=self.model.digest,
             training_rounds=self.rounds,
+            counted_from=1,
             public_weights=None,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,11 @@ def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) ->
     host = f"[{hosts[0]}]" if ":" in hosts[0] else hosts[0]
     server = f"https://{host}" if port == 443 else f"https://{host}:{port}"
     template = resources.files("fedclip_secure.config").joinpath("templates/federation.yaml").read_text("utf-8")
-    write_atomically(home.plan_path, template.replace("{federation}", federation).replace("{server}", server).encode())
+    # A seed of its own: a silo adds its update to one and the same model only once, in whatever run.
+    values = {"{federation}": federation, "{server}": server, "{seed}": str(secrets.randbelow(2**31))}
+    for key, value in values.items():
+        template = template.replace(key, value)
+    write_atomically(home.plan_path, template.encode())
     return home
 
 

@@ -254,7 +254,8 @@ class Store:
             sql.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             sql.execute("UPDATE attempts SET closed = closed + 1 WHERE number = ?", (row.attempt,))
         for earlier in self.rounds()[:-1]:  # who was away then takes the model, not the sum
-            self.vector_path(earlier.sum_hash).unlink(missing_ok=True)
+            if earlier.sum_hash != row.sum_hash:
+                self.vector_path(earlier.sum_hash).unlink(missing_ok=True)
 
     def rounds(self) -> list[RoundRow]:
         """All finished rounds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,7 +14,25 @@ from fedclip_secure.errors import ConfigError
 from fedclip_secure.names import AGGREGATOR, NAME_PATTERN
 
 M = TypeVar("M", bound=BaseModel)
+_PIN = r"^sha256:[0-9a-f]{64}$"
+# A terminal would obey control characters, and a plan from a stranger could so forge the fingerprints below it.
+_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
 _UNIONS = ("model", "data", "encoder")  # keys that hold one of several models
+_IN_WORDS = {  # pydantic's kinds of faults, where its own words would not help a person
+    "string_type": "must be text; put quotes around it",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+    "union_tag_not_found": "lacks {discriminator}; add it",
+    "union_tag_invalid": "{discriminator} must be one of {expected_tags}",
+}
+_PATTERNS = {
+    NAME_PATTERN: "must have a-z, 0-9 and - only, at most 63",
+    _PIN: "must be sha256: and 64 digits, as `fedclip-silo accept` writes it; remove it and accept again",
+    _PRINTABLE: "holds a control character; remove it",
+}
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -53,15 +72,18 @@ def _silo_name(value: object) -> object:
 
 def _number(value: object) -> object:
     """YAML writes 1 for 1.0; booleans stay refused."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    try:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    except OverflowError as error:
+        raise ValueError("is too large") from error
 
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN), BeforeValidator(_silo_name)]
 Seconds = Annotated[int, BeforeValidator(_seconds)]
 Number = Annotated[float, BeforeValidator(_number)]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=_PRINTABLE)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Pin = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Pin = Annotated[str, StringConstraints(pattern=_PIN)]
 
 
 def read_model(path: Path, model: type[M]) -> M:
@@ -75,6 +97,8 @@ def read_model(path: Path, model: type[M]) -> M:
 
 def check(data: Any, model: type[M], source: str) -> M:
     """Check plain data against `model`; `source` names it in the error."""
+    if data is None:
+        raise ConfigError(f"{source}: is empty; restore it")
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: must be a mapping of keys to values, found {type(data).__name__}")
     try:
@@ -93,6 +117,14 @@ def _fault(item: Any) -> str:
         return f"{key}: unknown key; check its spelling or remove it"
     if kind == "missing":
         return f"{key}: is missing; add it"
-    message = item["msg"].removeprefix("Value error, ")
-    short = repr(found) if len(repr(found)) <= 60 else type(found).__name__
-    return f"{key}: {message[0].lower()}{message[1:]} (found {short})"
+    return f"{key}: {_in_words(item)} (found {_short.repr(found)})"
+
+
+def _in_words(item: Any) -> str:
+    kind, details = item["type"], item.get("ctx", {})
+    if kind == "string_pattern_mismatch" and details["pattern"] in _PATTERNS:
+        return _PATTERNS[details["pattern"]]
+    if kind in _IN_WORDS:
+        return _IN_WORDS[kind].format(**details).replace("'", "`")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]

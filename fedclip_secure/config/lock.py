@@ -122,7 +122,7 @@ def read_lock(path: Path) -> FederationLock:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: is missing; run `fedclip-agg prepare`") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); run `fedclip-agg prepare` again") from error
     return check(data, FederationLock, str(path))
 

@@ -36,9 +36,14 @@ class OpenClipModel(Strict):
     @field_validator("image_window", mode="before")
     @classmethod
     def _window(cls, value: object) -> object:
-        if isinstance(value, list) and len(value) == 2 and value[0] >= value[1]:
-            raise ValueError("must be [low, high] with low < high")
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("image_window")
+    @classmethod
+    def _rising(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError("must be [low, high] with low < high")
+        return value
 
 
 class ExternalModel(Strict):
@@ -52,6 +57,10 @@ class ExternalModel(Strict):
 def _kind_of_model(value: object) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     return "external" if name == "external" else "open_clip"
+
+
+def _is_pair_of_text(item: object) -> bool:
+    return isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item)
 
 
 class Splits(Strict):
@@ -163,7 +172,11 @@ class FederationPlan(Strict):
     @classmethod
     def _https(cls, value: str) -> str:
         parts = urlsplit(value)
-        if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
+        try:
+            usable = parts.scheme == "https" and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, or above 65535
+            usable = False
+        if not usable or "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
             raise ValueError("must be https://HOST or https://HOST:PORT")
         return value.rstrip("/")
 
@@ -171,7 +184,7 @@ class FederationPlan(Strict):
     @classmethod
     def _from_pairs(cls, value: object) -> object:
         """The canonical form has pairs: a CBOR map has no order, and the order is agreed too."""
-        if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        if isinstance(value, list) and all(_is_pair_of_text(item) for item in value):
             return dict(value) if len(dict(value)) == len(value) else value
         return value
 
@@ -185,7 +198,9 @@ class FederationPlan(Strict):
         if len(value) < 2:
             raise ValueError("needs at least 2 classes")
         for folder in value:
-            if not re.fullmatch(r"[^/\\\x00]{1,200}", folder) or folder.startswith("."):
+            if not re.fullmatch(
+                r"[^/\\\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]{1,200}", folder
+            ) or folder.startswith("."):
                 raise ValueError(f"{folder!r} cannot be a folder's name")
         return value
 
@@ -211,4 +226,4 @@ class FederationPlan(Strict):
 
     def text_prompts(self) -> list[list[str]]:
         """Every template filled with every class phrase: one list of prompts for each class, in order."""
-        return [[template.format(phrase) for template in self.templates] for phrase in self.classes.values()]
+        return [[template.replace("{}", phrase) for template in self.templates] for phrase in self.classes.values()]

@@ -16,7 +16,16 @@ from fedclip_secure.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalar rules of YAML 1.2."""
+    """SafeLoader with the scalar rules of YAML 1.2, and without tags."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse a tag before anything is made of it: SafeLoader's own fail on bad values in ways of their own."""
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            fact = f"the tag {tag!r} stands here; tags are not used, remove it"
+            raise yaml.composer.ComposerError(None, None, fact, event.start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -86,8 +95,22 @@ def replace_scalar(path: Path, key: str, value: str) -> str:
     """The text of `path` with its top-level `key` set to `value`, all else (comments too) as it was.
 
     A missing key is appended. The caller writes the text.
+
+    Raises:
+        ConfigError: the file is written in a way that leaves no place for the key, as `{name: a}` does.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_bytes().decode("utf-8")  # as it is: read_text() would change the ends of lines
+        edited = _edit(text, key, value)
+        before, after = (yaml.load(each, Loader=_Loader) for each in (text, edited))  # noqa: S506 - as above
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        before = after = edited = None
+    if edited is None or after != {**(before or {}), key: value}:
+        raise ConfigError(f"{path}: has no place where `{key}` could be set; add this line yourself:\n{key}: {value}")
+    return edited
+
+
+def _edit(text: str, key: str, value: str) -> str:
     node = yaml.compose(text, Loader=_Loader)
     entries = node.value if isinstance(node, yaml.MappingNode) else []
     for key_node, value_node in entries:
@@ -95,11 +118,15 @@ def replace_scalar(path: Path, key: str, value: str) -> str:
             start, end = value_node.start_mark.index, value_node.end_mark.index
             gap = "" if text[key_node.end_mark.index : start].endswith(" ") else " "
             return f"{text[:start]}{gap}{value}{text[end:]}"
-    return text + ("" if text.endswith("\n") or not text else "\n") + f"{key}: {value}\n"
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    return text + ("" if text.endswith("\n") or not text else line_end) + f"{key}: {value}{line_end}"
 
 
 def _explain(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "is nested too deeply; no setting needs more than a few levels"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
     return f"not valid YAML: {error}"

@@ -207,7 +207,12 @@ def open_message(wire: bytes, model: type[B], federation: str, roster: Roster) -
     envelope = canonical.decode(outer[0])
     if not isinstance(envelope, dict) or set(envelope) != {"v", "type", "federation", "sender", "body"}:
         raise ProtocolError("message", "a signed message has other fields than v, type, federation, sender, body")
-    if envelope["v"] != 1 or envelope["type"] != model.type or envelope["federation"] != federation:
+    if (
+        type(envelope["v"]) is not int
+        or envelope["v"] != 1
+        or envelope["type"] != model.type
+        or envelope["federation"] != federation
+    ):
         raise ProtocolError("message", f"a message is not a {model.type} of federation {federation!r}, version 1")
     sender = envelope["sender"]
     try:

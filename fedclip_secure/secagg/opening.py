@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.secagg.messages import Result, ServerAd, base_hash, by_sender, open_message
+from fedclip_secure.secagg.sealing import check_seal_public
 from fedclip_secure.secagg.terms import Terms
 
 
@@ -32,13 +33,14 @@ def check_opening(terms: Terms, position: Position, wire: bytes, results: Sequen
     """Verify a `ServerAd` and the t `Result`s of the round before it, which alone may open the next one.
 
     Raises:
-        ProtocolError: `signature`, `plan`, `roster`, `replay`, `chain`, or a fault of encoding.
+        ProtocolError: `signature`, `plan`, `roster`, `key`, `replay`, `chain`, or a fault of encoding.
     """
     signed = open_message(wire, ServerAd, terms.federation, terms.roster)
     ad = signed.body
     if signed.sender != AGGREGATOR:
         raise ProtocolError("signature", f"an opening is signed by {signed.sender!r}, not by the aggregator")
     _check_pins(terms, ad)
+    check_seal_public(ad.seal_public)
     if ad.round < position.round or ad.attempt <= position.attempt or ad.round > terms.rounds:
         raise ProtocolError(
             "replay",

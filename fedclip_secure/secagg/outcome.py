@@ -37,7 +37,7 @@ def compute_outcome(
     """
     total = read_total(words, terms.vector, terms.grid, len(survivors))
     _check_weights(terms, total, survivors)
-    if round_number > terms.training_rounds and total.update.any():
+    if not terms.trains(round_number) and total.update.any():
         raise ProtocolError("sum-bounds", "the closing validation round moved the model: a silo sent garbage")
     mean = terms.grid.mean(total.update, total.weight)
     vector = (old.vector.astype(np.float64) + mean).astype(np.float32)

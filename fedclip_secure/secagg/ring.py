@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ Words = npt.NDArray[np.uint32]
 Doubles = npt.NDArray[np.float64]
 WORD = np.dtype("<u4")  # on the wire and on disk
 CLAMPED_AT_MOST = 0.001  # fraction of the coordinates
+_TWO_DIGITS_UP = Context(prec=2, rounding=ROUND_CEILING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,10 @@ class FixedPoint:
 
         Raises:
             ProtocolError: `not-finite`; or `clip` where more than 0.1 % of the coordinates are beyond it.
+            ValueError: a weight outside 1..max_weight.
         """
+        if not 1 <= weight <= self.max_weight:
+            raise ValueError(f"weight {weight} is not in 1..{self.max_weight}")
         values: Doubles = update.astype(np.float64)
         if not np.isfinite(values).all():
             raise ProtocolError(
@@ -83,12 +88,14 @@ class FixedPoint:
     def _check_clamped(self, values: Doubles) -> None:
         beyond = np.count_nonzero(np.abs(values) > self.clip)
         if beyond > CLAMPED_AT_MOST * values.size:
-            fits = float(np.quantile(np.abs(values), 1 - CLAMPED_AT_MOST))
+            # "higher": between two coordinates lies a clip that is still exceeded too often.
+            fits = float(np.quantile(np.abs(values), 1 - CLAMPED_AT_MOST, method="higher"))
             raise ProtocolError(
                 "clip",
                 f"{beyond / values.size:.1%} of the update's coordinates lie beyond coordinate_clip {self.clip:g} "
                 f"(at most {CLAMPED_AT_MOST:.1%} may) and it was not sent; "
-                f"secure_aggregation.coordinate_clip: {_round_up(fits):g} would fit, or a lower learning rate",
+                f"secure_aggregation.coordinate_clip: {_TWO_DIGITS_UP.create_decimal_from_float(fits):g} would fit, "
+                "or a lower learning rate",
             )
 
 
@@ -145,11 +152,3 @@ def _uniform(count: int) -> Doubles:
     bits = np.frombuffer(os.urandom(8 * count), dtype="<u8")
     uniforms: Doubles = np.multiply(bits >> np.uint64(11), 2.0**-53, dtype=np.float64)
     return uniforms
-
-
-def _round_up(value: float) -> float:
-    """Up to two significant digits."""
-    if value == 0:
-        return 0.0
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return math.ceil(value / unit) * unit

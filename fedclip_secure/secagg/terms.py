@@ -38,6 +38,7 @@ class Terms:
     grid: FixedPoint
     initial_model: bytes  # digest
     training_rounds: int
+    counted_from: int  # first round in which validation counts travel
     public_weights: dict[str, int] | None
 
     @classmethod
@@ -77,12 +78,19 @@ class Terms:
             grid=FixedPoint(agreed.coordinate_clip, n, 1 if agreed.weights == "equal" else agreed.max_weight),
             initial_model=bytes.fromhex(lock.initial_model),
             training_rounds=plan.training.rounds,
+            # An earlier run counted for the model that this one goes on from. Counted again over other
+            # silos, the difference of the two sums would disclose one silo's counts.
+            counted_from=1 if plan.initial is None else 2,
             public_weights=agreed.public_weights,
         )
 
+    def trains(self, number: int) -> bool:
+        """Whether updates travel in this round; in the closing one only weights and counts do."""
+        return number <= self.training_rounds
+
     def round_name(self, number: int) -> str:
         """A round as people count them: training rounds, then one that only counts validation records."""
-        if number > self.training_rounds:
+        if not self.trains(number):
             return "closing validation round"
         return f"round {number} of {self.training_rounds}"
 

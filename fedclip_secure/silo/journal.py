@@ -1,50 +1,72 @@
-"""What a silo must remember across a crash: which models it has begun to add its update to.
+"""What a silo must remember across a crash: which models it has begun to add its vector to.
 
 After a restart the vector that was drawn for a model is gone, and a second one over the same model
-would disclose the difference of the two. So a restarted silo sits such a model out.
+would disclose the difference of the two. So a restarted silo sits such a model out. The rule holds
+for a model's digest alone, in whatever run or round it comes up again; but where only validation
+counts went out, in a closing round, a later run may still train from that model.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedclip_secure.errors import DataError
+from fedclip_secure.secagg.messages import ServerAd
 from fedclip_secure.secagg.opening import Position
 
 
 class Journal:
-    """A small database in the workdir; when a method returns, what it wrote is on the disk."""
+    """A small database in the workdir; when a method returns, what it wrote is on the disk.
+
+    Every method raises DataError where the database cannot be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
+        self._path = path
+        with self._readable():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._sql = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._sql.execute("PRAGMA synchronous=FULL")
             self._sql.execute(
                 "CREATE TABLE IF NOT EXISTS begun "
-                "(model BLOB NOT NULL, roster BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL)"
+                "(model BLOB NOT NULL, trained INTEGER NOT NULL, roster BLOB NOT NULL, "
+                "round INTEGER NOT NULL, attempt INTEGER NOT NULL)"
             )
-        except (OSError, sqlite3.Error) as error:
-            raise DataError(
-                f"{path}: cannot be used as the silo's journal ({error}); free space or fix its owner"
-            ) from error
 
     def close(self) -> None:
         """Close the database."""
         self._sql.close()
 
-    def begun(self, model: bytes) -> bool:
-        """Whether this silo has ever joined an attempt over this model, in whatever run or round."""
-        return self._sql.execute("SELECT 1 FROM begun WHERE model = ?", (model,)).fetchone() is not None
+    def begun(self, model: bytes, *, trains: bool) -> bool:
+        """Whether this silo has ever joined an attempt over this model, in whatever run or round.
 
-    def begin(self, model: bytes, roster: bytes, round_number: int, attempt: int) -> None:
+        A training round (`trains`) may follow a closing round over the same model, and nothing else.
+        """
+        query = "SELECT 1 FROM begun WHERE model = ? AND trained >= ?"
+        return self._sql.execute(query, (model, int(trains))).fetchone() is not None
+
+    def begin(self, ad: ServerAd, *, trains: bool) -> None:
         """Note a joining before the first message leaves."""
-        self._sql.execute("INSERT INTO begun VALUES (?, ?, ?, ?)", (model, roster, round_number, attempt))
+        values = (ad.model, int(trains), ad.roster, ad.round, ad.attempt)
+        self._sql.execute("INSERT INTO begun VALUES (?, ?, ?, ?, ?)", values)
 
     def position(self, roster: bytes) -> Position:
         """How far this silo has followed the run of this roster."""
-        row = self._sql.execute(
-            "SELECT round, attempt, model FROM begun WHERE roster = ? ORDER BY attempt DESC LIMIT 1", (roster,)
-        ).fetchone()
+        query = "SELECT round, attempt, model FROM begun WHERE roster = ? ORDER BY attempt DESC LIMIT 1"
+        with self._readable():
+            row = self._sql.execute(query, (roster,)).fetchone()
         return Position() if row is None else Position(*row)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise DataError(
+                f"{self._path}: cannot be used as the silo's journal ({error}); free space or fix its owner. If it is "
+                "damaged, move it away only when the round that this silo last joined is over: the journal is what "
+                "keeps a second update over one model from leaving"
+            ) from error

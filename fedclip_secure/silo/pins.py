@@ -8,9 +8,11 @@ from pathlib import Path
 from fedclip_secure.config.lock import Contract, differences
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.config.yaml12 import replace_scalar
-from fedclip_secure.errors import DataError, TrustError
+from fedclip_secure.errors import DataError, FedClipError, TrustError
 from fedclip_secure.files import write_atomically
-from fedclip_secure.pki.roster import Roster
+from fedclip_secure.pki.identity import Identity
+from fedclip_secure.pki.keys import spki_sha256
+from fedclip_secure.pki.roster import Roster, readable_fingerprint
 
 _ACCEPT = "run `fedclip-silo accept` to look at it and decide"
 
@@ -32,13 +34,17 @@ def save_accepted(config_path: Path, config: SiloConfig, accepted: Accepted, tex
         DataError: a file cannot be written.
     """
     workdir = Path(config.workdir)
-    workdir.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold features of private images
+    try:
+        workdir.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold features of private images
+        mode = config_path.stat().st_mode & 0o777
+    except OSError as error:
+        raise DataError(f"{workdir}: cannot be made ({error.strerror}); set another `workdir` in silo.yaml") from error
     write_atomically(workdir / "contract.cbor", accepted.contract.encode())
     write_atomically(workdir / "roster.cbor", accepted.roster.encode())
     if text_features is not None:
         write_atomically(text_features_path(config), text_features)
     for key, pin in (("plan", accepted.contract.pin), ("roster", accepted.roster.pin)):
-        write_atomically(config_path, replace_scalar(config_path, key, pin).encode())
+        write_atomically(config_path, replace_scalar(config_path, key, pin).encode(), mode)
 
 
 def text_features_path(config: SiloConfig) -> Path:
@@ -55,8 +61,12 @@ def load_accepted(config: SiloConfig) -> Accepted:
     workdir = Path(config.workdir)
     if config.plan is None or config.roster is None:
         raise TrustError(f"silo.yaml pins no plan and roster yet; {_ACCEPT}")
-    contract = Contract.decode(_read(workdir / "contract.cbor"), "the accepted contract")
-    roster = Roster.decode(_read(workdir / "roster.cbor"))
+    contract_path, roster_path = workdir / "contract.cbor", workdir / "roster.cbor"
+    contract_data, roster_data = _read(contract_path), _read(roster_path)
+    try:
+        contract, roster = Contract.decode(contract_data, str(contract_path)), Roster.decode(roster_data)
+    except FedClipError as error:
+        raise TrustError(f"{workdir}: contract.cbor or roster.cbor is damaged ({error}); {_ACCEPT}") from error
     if (contract.pin, roster.pin) != (config.plan, config.roster):
         raise TrustError(
             f"{workdir}: holds another contract or roster than silo.yaml pins\n"
@@ -80,6 +90,20 @@ def check_same(mine: Accepted, theirs: Accepted, server: str) -> None:
     if rows:
         listed = "".join(f"\n  {key}\n    accepted here: {a}\n    server's:      {b}" for key, a, b in rows)
         raise TrustError(f"{server} runs another plan or roster than this silo accepted:{listed}\n{_ACCEPT}")
+
+
+def check_own_key(roster: Roster, identity: Identity) -> None:
+    """Refuse a roster that names another key for this silo than the one it signs with.
+
+    Raises:
+        TrustError: gives both fingerprints.
+    """
+    mine, name = spki_sha256(identity.key.public), identity.name
+    if name in roster.silos and roster.spki_sha256(name) != mine:
+        raise TrustError(
+            f"the roster holds another key for {name} than {identity.folder} does: roster {roster.fingerprint(name)}, "
+            f"here {readable_fingerprint(mine)}; restore the key that enrolled, or tell the coordinator"
+        )
 
 
 def _key(roster: Roster, name: str) -> str:

@@ -81,7 +81,8 @@ class Runner:
             TrustError: the aggregator halted the run.
             TransportError: the server refuses this silo.
         """
-        after, idle = 0, False
+        after = self._position.attempt  # one that is still open cannot be joined a second time
+        idle = after > 0
         while True:
             answer = await self._link.opening(after, idle=idle)
             if answer.state == "finished":
@@ -96,8 +97,8 @@ class Runner:
             idle = self._must_sit_out(opening)
             if idle:
                 self._tell(
-                    f"{self._name(opening)}: this silo joined it before it was restarted, and its update is gone; "
-                    "sitting it out until the model has moved on"
+                    f"{self._name(opening)}: this silo joined over this very model before, and its update is gone with "
+                    "the process; sitting it out until the model has moved on (a new run needs another training.seed)"
                 )
                 continue
             try:
@@ -107,7 +108,7 @@ class Runner:
 
     def _must_sit_out(self, opening: Opening) -> bool:
         mine = self._record is not None and self._record.model == opening.ad.model
-        return not mine and self._journal.begun(opening.ad.model)
+        return not mine and self._journal.begun(opening.ad.model, trains=self._terms.trains(opening.ad.round))
 
     async def _attempt(self, opening: Opening) -> None:
         ad = opening.ad
@@ -115,7 +116,7 @@ class Runner:
         if self._record is None or self._record.model != ad.model:
             async with present(self._link, ad.attempt):
                 self._record = await asyncio.to_thread(self._make_record, ad.round, old)
-        self._journal.begin(ad.model, self._terms.roster.digest, ad.round, ad.attempt)
+        self._journal.begin(ad, trains=self._terms.trains(ad.round))
         self._position = self._journal.position(self._terms.roster.digest)
         identity = self._party.identity
         session = SiloSession(self._terms, identity.name, identity.sign, opening, self._record)
@@ -162,10 +163,10 @@ class Runner:
     def _make_record(self, round_number: int, old: AdapterState) -> ModelRecord:
         """Train, and round the weighted update to the grid, once for this model."""
         terms, weight = self._terms, self._party.weight(self._trainer.records)
-        counts = self._trainer.validate(old) if terms.vector.counts else Counts(0, 0)
-        update = np.zeros(terms.layout.size)
-        if round_number <= terms.training_rounds:
-            update = self._trainer.train(old)
+        counts = Counts(0, 0)
+        if terms.vector.counts and round_number >= terms.counted_from:
+            counts = self._trainer.validate(old)
+        update = self._trainer.train(old) if terms.trains(round_number) else np.zeros(terms.layout.size)
         integers = terms.grid.quantize(update, weight)
         return ModelRecord(old.digest, terms.vector.pack(integers, weight, counts.correct, counts.total))
 
