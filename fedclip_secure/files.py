@@ -15,7 +15,7 @@ def write_atomically(path: Path, data: bytes | memoryview, mode: int = 0o644) ->
     Raises:
         DataError: the disk is full or not writable; `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # threads and containers share a pid
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)

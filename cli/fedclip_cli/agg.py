@@ -16,7 +16,7 @@ from rich.table import Table
 from fedclip_cli.console import FOLDER, Group, out, run, say
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.status import RunStatus, read_status
-from fedclip_secure.config.fields import parse_duration
+from fedclip_secure.config.fields import parse_duration, parse_name
 from fedclip_secure.errors import ConfigError
 
 _DIR = click.option("--dir", "folder", type=FOLDER, default=".", show_default=True, help="The folder that `init` made.")
@@ -40,7 +40,7 @@ def init(folder: Path, name: str, hosts: str, port: int) -> None:
     """Make a federation's folder: plan, certificate authority, server certificate, signing key."""
     from fedclip_secure.aggregator.home import init_home
 
-    home = init_home(folder, name, [host.strip() for host in hosts.split(",") if host.strip()], port)
+    home = init_home(folder, parse_name(name), [host.strip() for host in hosts.split(",") if host.strip()], port)
     out.print(
         f"made {folder}/: authority/ (keep its key offline if you can), server/ and federation.yaml", markup=False
     )

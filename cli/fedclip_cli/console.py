@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedclip_secure.config.fields import CONTROL
 from fedclip_secure.errors import FedClipError
 
 T = TypeVar("T")
@@ -29,9 +31,13 @@ class Command(click.Command):
         try:
             return super().invoke(context)
         except FedClipError as error:
-            err.print("[bold red]error:[/] ", end="")
-            err.print(str(error), markup=False)
+            _print_error(str(error))
             context.exit(error.exit_code)
+        except OSError as error:
+            if error.filename is None:  # not a file that a person could do something about
+                raise
+            _print_error(f"{error.filename}: {error.strerror}; check its owner and permissions")
+            context.exit(1)
         except KeyboardInterrupt:
             err.print(f"stopped. `{context.command_path}` goes on from here")
             context.exit(130)
@@ -51,7 +57,17 @@ class Group(click.Group):
 def say(text: str) -> None:
     """One line of progress, with the time."""
     out.print(f"[dim]{time.strftime('%H:%M:%S')}[/] ", end="")
-    out.print(text, markup=False)
+    out.print(printable(text), markup=False)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: part of it may be the server's."""
+    return re.sub(rf"(?!\n)[{CONTROL}]", "?", text)
+
+
+def _print_error(text: str) -> None:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(printable(text), markup=False)
 
 
 def waiting(reason: str, seconds: float) -> None:

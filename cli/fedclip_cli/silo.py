@@ -13,16 +13,16 @@ from rich.text import Text
 from fedclip_cli.console import FILE, Group, image_progress, out, run, say, waiting
 from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.config.silo import SiloConfig, read_silo, write_silo
-from fedclip_secure.errors import ConfigError
+from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import spki_sha256
 from fedclip_secure.pki.roster import readable_fingerprint
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted, text_features_path
+from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted, text_features_path
 from fedclip_secure.silo.policy import check_policy
-from fedclip_secure.transport.client import Client
+from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.enrolment import enroll as get_certificate
 
 if TYPE_CHECKING:  # these load torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # these load torch
     from fedclip_secure.training.evaluate import Evaluation
     from fedclip_secure.training.inputs import Inputs
 
+_QUESTION = "Do the fingerprints match what you were told, and do you take part on these terms?"
 _CONFIG = click.option(
     "--config", "path", type=FILE, default="silo.yaml", show_default=True, help="This silo's settings."
 )
@@ -66,7 +67,10 @@ def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -
     identity = run(get_certificate(url, token, Path(config.identity), waiting))
     out.print(f"enrolled as {identity.name}; certificate until {identity.not_after:%Y-%m-%d}", markup=False)
     out.print(f"fingerprint of this silo's key: {readable_fingerprint(spki_sha256(identity.key.public))}", markup=False)
-    out.print(f"next: set `data` in {path}; when the coordinator has frozen the roster, run `fedclip-silo accept`")
+    out.print(
+        f"next: set `data` in {path}; when the coordinator has frozen the roster, run `fedclip-silo accept`",
+        markup=False,
+    )
 
 
 @main.command(epilog="Example: fedclip-silo accept")
@@ -80,8 +84,9 @@ def accept(path: Path, yes: bool) -> None:
     terms = Terms.of(offer.contract, offer.roster)
     _show_offer(offer, terms, identity)
     check_policy(config.policy, offer.contract, terms, identity.name)
-    if not yes:
-        click.confirm("Do the fingerprints match what you were told, and do you take part on these terms?", abort=True)
+    check_own_key(offer.roster, identity)
+    if not yes and not click.confirm(_QUESTION):
+        raise TrustError(f"not accepted: {path} is as it was; settle the difference with the coordinator")
     save_accepted(path, config, offer, text_features)
     out.print(f"pinned in {path}. next: `fedclip-silo extract`, then `fedclip-silo train`", markup=False)
 
@@ -106,6 +111,7 @@ def train(path: Path) -> None:
     identity = Identity.load(Path(config.identity))
     mine = load_accepted(config)
     check_policy(config.policy, mine.contract, Terms.of(mine.contract, mine.roster), identity.name)
+    check_own_key(mine.roster, identity)
     with image_progress() as progress:
         saved = run(take_part(config, identity, mine, progress=progress, say=say, waiting=waiting))
     for adapter in saved:
@@ -139,7 +145,7 @@ def evaluate(path: Path, adapter: str, split: str, as_json: bool) -> None:
 
 async def _fetch_offer(identity: Identity) -> tuple[Accepted, bytes | None]:
     """Contract and roster as the server has them, and an external model's text features."""
-    async with Client.of(identity, waiting) as client:
+    async with Client.of(identity, waiting, Patience(tries=5)) as client:  # a person sits before it
         link = Link(client)
         offer = await link.offer(identity.server)
         encoder = offer.contract.lock.encoder

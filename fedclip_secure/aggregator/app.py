@@ -11,7 +11,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +28,7 @@ from fedclip_secure.errors import DataError, FedClipError, ProtocolError, Transp
 from fedclip_secure.names import MAX_SILOS
 from fedclip_secure.pki.authority import Authority
 from fedclip_secure.secagg.aggregator_session import Phase
-from fedclip_secure.secagg.sealing import sealed_body_limit
+from fedclip_secure.secagg.sealing import BodyOpener, sealed_body_limit
 from fedclip_secure.transport.enrolment import AUTHORITY_PATH, ENROL_PATH
 from fedclip_secure.transport.messages import OpeningAnswer, SharesAnswer, WireList
 from fedclip_secure.transport.problems import CONTENT_TYPE, Problem
@@ -35,8 +36,10 @@ from fedclip_secure.transport.tls import peer_certificate
 
 LONG_POLL = 25.0  # seconds; proxies cut longer silences
 MAX_BODY = 16 * 2**10 + MAX_SILOS * 4096  # bytes: the largest message is stage 1 of a full roster
+_MAX_ENROL = 8 * 2**10  # bytes; from anybody, so no more than a token and a request need
 _STALL = 60.0  # seconds without a byte before a body is given up
 _CHUNK = 2**18  # bytes
+_MAX_DETAIL = 2000  # characters of a problem
 _STAGES = {
     "key-ads": Phase.JOIN,
     "bundles": Phase.SHARE,
@@ -97,8 +100,8 @@ async def get_authority(request: web.Request) -> web.Response:
 
 async def post_enrol(request: web.Request) -> web.Response:
     """A token and a request for a certificate."""
-    server = request.app[_SERVER]
-    return _cbor(enrol(server.store, server.authority, server.federation, await _body(request), time.time()).encode())
+    server, body = request.app[_SERVER], await _body(request, _MAX_ENROL)
+    return _cbor(enrol(server.store, server.authority, server.federation, body, time.time()).encode())
 
 
 async def get_contract(request: web.Request) -> web.Response:
@@ -134,11 +137,9 @@ async def get_opening(request: web.Request) -> web.Response:
         return _cbor(OpeningAnswer(state="waiting", reason="the coordinator has not frozen the roster yet").encode())
     rounds = server.rounds
     rounds.presence.seen(silo, idle=idle)
-    if not idle and silo in rounds.left_out():
-        after = 2**31  # kept out of this round by a complaint
-    await rounds.wait(lambda: rounds.answer_opening(after) is not None, LONG_POLL)
+    await rounds.wait(lambda: rounds.answer_opening(silo, after) is not None, LONG_POLL)
     rounds.presence.seen(silo, idle=idle)
-    answer = rounds.answer_opening(after) or OpeningAnswer(state="waiting", reason=rounds.describe())
+    answer = rounds.answer_opening(silo, after) or OpeningAnswer(state="waiting", reason=rounds.describe())
     return _cbor(answer.encode())
 
 
@@ -151,18 +152,24 @@ async def get_results(request: web.Request) -> web.Response:
 async def post_message(request: web.Request) -> web.Response:
     """One message of a stage; kept before it is acknowledged."""
     silo, rounds, live = _turn(request)
-    phase, body = _STAGES[request.match_info["stage"]], await _body(request)
-    if phase is Phase.JOIN and silo in rounds.left_out():
-        raise ProtocolError("left-out", f"{silo} is kept out of this round by a complaint")
-    _accepted(rounds, silo, lambda: live.accept(phase, silo, body))
+    phase = _STAGES[request.match_info["stage"]]
+    async with _refusals_noted(rounds, silo):
+        body = await _body(request, MAX_BODY)
+        if phase is Phase.JOIN and silo in rounds.left_out():
+            raise ProtocolError("left-out", f"{silo} is kept out of this round by a complaint")
+        rounds.current(live.row.number)  # the body may have taken long
+        live.accept(phase, silo, body)
+    rounds.notify()
     return web.Response(status=204)
 
 
 async def post_complaint(request: web.Request) -> web.Response:
     """What a peer sealed to the caller does not open."""
     silo, rounds, live = _turn(request)
-    body = await _body(request)
-    _accepted(rounds, silo, lambda: rounds.complain(live, silo, body))
+    async with _refusals_noted(rounds, silo):
+        body = await _body(request, MAX_BODY)
+        rounds.current(live.row.number)
+        rounds.complain(live, silo, body)
     return web.Response(status=204)
 
 
@@ -198,25 +205,23 @@ async def get_sum(request: web.Request) -> web.StreamResponse:
 async def put_upload(request: web.Request) -> web.Response:
     """The sealed masked vector: opened as it arrives, onto the disk, synced, then acknowledged."""
     silo, rounds, live = _turn(request)
-    limit = sealed_body_limit(4 * rounds.terms.vector.words)
-    if request.content_length is not None and request.content_length > limit:
-        raise ProtocolError("size", f"the upload has {request.content_length} bytes, the plan's vector at most {limit}")
-    store = request.app[_SERVER].store
-    arriving = store.new_vector_path()
+    words = rounds.terms.vector.words
+    arriving = request.app[_SERVER].store.new_vector_path()
     try:
-        header, vector = await _receive_vector(request.content, live, silo, arriving)
-        _accepted(rounds, silo, lambda: live.accept_upload(silo, header, vector, arriving))
-    except ProtocolError as error:
-        rounds.note_refusal(silo, error)
-        raise
+        async with _refusals_noted(rounds, silo):
+            _check_announced(request, sealed_body_limit(4 * words))
+            header, vector = await _receive_vector(request.content, live.open_upload(silo, words), arriving)
+            rounds.current(live.row.number)
+            live.accept_upload(silo, header, vector, arriving)
     finally:
         arriving.unlink(missing_ok=True)
+    rounds.notify()
     return web.Response(status=204)
 
 
-async def _receive_vector(content: StreamReader, live: LiveAttempt, silo: str, path: Path) -> tuple[bytes, bytes]:
+async def _receive_vector(content: StreamReader, opener: BodyOpener, path: Path) -> tuple[bytes, bytes]:
     """Open the sealed body into `path`; the signed header, and the SHA-256 of the words."""
-    opener, sha256 = live.session.open_upload(silo), hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("wb") as file:
         while True:
             async with asyncio.timeout(_STALL):
@@ -257,14 +262,14 @@ def _turn(request: web.Request) -> tuple[str, Rounds, LiveAttempt]:
     return silo, rounds, rounds.current(_number(request.match_info["attempt"]))
 
 
-def _accepted(rounds: Rounds, silo: str, accept: Callable[[], None]) -> None:
-    """Hand a message in; a refusal is noted with the silo's name."""
+@asynccontextmanager
+async def _refusals_noted(rounds: Rounds, silo: str) -> AsyncIterator[None]:
+    """The coordinator will want to know what was refused, and whose it was."""
     try:
-        accept()
+        yield
     except ProtocolError as error:
         rounds.note_refusal(silo, error)
         raise
-    rounds.notify()
 
 
 def _caller(request: web.Request) -> str:
@@ -300,9 +305,21 @@ def _frozen(request: web.Request) -> tuple[bytes, bytes]:
     return frozen
 
 
-async def _body(request: web.Request) -> bytes:
+async def _body(request: web.Request, limit: int) -> bytes:
+    """The whole body, of at most `limit` bytes."""
+    _check_announced(request, limit)
+    body = bytearray()
     async with asyncio.timeout(_STALL):
-        return await request.read()
+        while piece := await request.content.readany():
+            body += piece
+            if len(body) > limit:
+                raise ProtocolError("size", f"the body has more than {limit} bytes")
+    return bytes(body)
+
+
+def _check_announced(request: web.Request, limit: int) -> None:
+    if (request.content_length or 0) > limit:
+        raise ProtocolError("size", f"the body has {request.content_length} bytes, at most {limit} are read")
 
 
 def _digest(request: web.Request) -> bytes:
@@ -345,6 +362,12 @@ async def _problems(
         problem = Problem.of(code, error.status, error.text or error.reason)
     except TimeoutError:
         problem = Problem.of("stalled", 408, f"no data for {_STALL:.0f} s")
+    except (ConnectionError, web.RequestPayloadError):  # nobody is there to read this
+        problem = Problem.of("truncated", 400, "the connection ended before the body did")
+    except OSError as error:
+        problem = _disk(request, error)
+    except DataError as error:
+        problem = _disk(request, error)
     except FedClipError as error:
         problem = _problem_of(error)
     except Exception:  # a fault of ours: the log has it, the caller learns no more than that
@@ -353,15 +376,20 @@ async def _problems(
     return web.Response(body=problem.encode(), status=problem.status, content_type=CONTENT_TYPE)
 
 
+def _disk(request: web.Request, error: Exception) -> Problem:
+    """The silo keeps what it has and tries again; paths of this machine are not its business."""
+    _log.error("%s %s: %s", request.method, request.rel_url.raw_path, error)
+    return Problem.of("storage", 503, "the aggregator's disk refuses; its log says why")
+
+
 def _problem_of(error: FedClipError) -> Problem:
+    text = str(error)[:_MAX_DETAIL]
     match error:
         case ProtocolError():
-            return Problem.of(error.code, _STATUS.get(error.code, 400), str(error))
+            return Problem.of(error.code, _STATUS.get(error.code, 400), text)
         case TrustError():
-            return Problem.of("refused", 403, str(error))
+            return Problem.of("refused", 403, text)
         case TransportError():
-            return Problem.of(error.code or "http", error.status or 400, str(error))
-        case DataError():  # its disk: the silo keeps what it has and tries again
-            return Problem.of("storage", 503, str(error))
+            return Problem.of(error.code or "http", error.status or 400, text)
         case _:
-            return Problem.of("internal", 500, str(error))
+            return Problem.of("internal", 500, text)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from fedclip_secure.aggregator.store import AttemptRow, Store
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
+from fedclip_secure.secagg.keys import upload_info
 from fedclip_secure.secagg.messages import ServerAd, base_hash, open_message
 from fedclip_secure.secagg.opening import Opening
 from fedclip_secure.secagg.ring import WORD, Words
-from fedclip_secure.secagg.sealing import SealKey
+from fedclip_secure.secagg.sealing import BodyOpener, SealKey
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import SharesRequest, parse
 
@@ -56,20 +59,25 @@ class LiveAttempt:
         if self.store.known(self.row.number, phase, silo, received):
             return
         kept = self.session.open_unmask(silo, body) if phase is Phase.UNMASK else body
-        self._receive(phase, silo, kept)
-        self.store.add_message(self.row.number, phase, silo, kept, received)
+        with self._received(phase, silo, kept):
+            self.store.add_message(self.row.number, phase, silo, kept, received)
+
+    def open_upload(self, silo: str, words: int) -> BodyOpener:
+        """What opens the sealed vector of `silo`: also a repeat of it, after the stage has closed."""
+        if silo not in self.session.uploads:
+            return self.session.open_upload(silo)
+        return BodyOpener(SealKey(self.row.seal_private), 4 * words, *upload_info(self.session.transcript2, silo))
 
     def accept_upload(self, silo: str, header: bytes, vector: bytes, arrived: Path) -> None:
         """Check and keep an upload whose words lie at `arrived`, synced, with SHA-256 `vector`."""
         body = vector + header
         received = hashlib.sha256(body).digest()
         if self.store.known(self.row.number, Phase.UPLOAD, silo, received):
-            arrived.unlink()
             return
-        self._receive(Phase.UPLOAD, silo, body)
-        arrived.replace(self.store.vector_path(vector))
-        self.store.sync_vectors()
-        self.store.add_message(self.row.number, Phase.UPLOAD, silo, body, received)
+        with self._received(Phase.UPLOAD, silo, body):
+            arrived.replace(self.store.vector_path(vector))
+            self.store.sync_vectors()
+            self.store.add_message(self.row.number, Phase.UPLOAD, silo, body, received)
 
     def close_phase(self) -> None:
         """End the present phase, in the session and in the store.
@@ -84,6 +92,19 @@ class LiveAttempt:
         """The survivors' masked vectors, one at a time."""
         for message in self.session.uploads.values():
             yield np.fromfile(self.store.vector_path(message.body.vector), dtype=WORD)
+
+    @contextmanager
+    def _received(self, phase: Phase, silo: str, body: bytes) -> Iterator[None]:
+        """Hand a message to the session; take it back if the disk refuses it.
+
+        Else the phase could close over a message that a restarted server would not know.
+        """
+        self._receive(phase, silo, body)
+        try:
+            yield
+        except BaseException:
+            cast("dict[str, Any]", self.session.answered(phase)).pop(silo, None)
+            raise
 
     def _receive(self, phase: Phase, silo: str, body: bytes) -> None:
         session = self.session

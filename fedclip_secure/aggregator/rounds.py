@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -30,6 +31,9 @@ from fedclip_secure.transport.messages import OpeningAnswer
 
 PRESENT = 60.0  # seconds since a silo was last heard of, within which a joining round waits for it
 _SEEN_EVERY = 5.0  # seconds between two notes of a silo's presence in the store
+_LISTED = 10  # names in one sentence
+_REFUSALS = 20  # noted of one silo in one attempt: it could fill the disk with them
+_REASON = 500  # characters of a refusal that are noted
 
 
 class AttemptEndedError(Exception):
@@ -47,6 +51,11 @@ class Presence:
     store: Store
     seen_at: dict[str, float] = field(default_factory=dict)  # silos that could join
     noted_at: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Whoever was there just before a restart is about to come back."""
+        now, ago = time.monotonic(), time.time()
+        self.seen_at |= {silo: now - max(0.0, ago - at) for silo, at in self.store.presence().items()}
 
     def seen(self, silo: str, *, idle: bool) -> None:
         """A silo asked for something; an `idle` one sits the present model out."""
@@ -82,7 +91,9 @@ class Rounds:
             Phase.UNMASK: deadlines.unmask,
         }
         self._changed = asyncio.Event()
+        self._stopping = False
         self._broken: str | None = None  # why the present attempt cannot go on
+        self._refused: Counter[str] = Counter()  # messages in the present attempt, by silo
 
     @property
     def finished(self) -> bool:
@@ -100,20 +111,29 @@ class Rounds:
                     await self._drive(live)
                 except AttemptEndedError as ended:
                     self._end(live, str(ended))
-        except HaltedError as error:
-            self._say(f"halted: {error}")
-        finally:
-            self._set_live(None)
+        except HaltedError:
+            pass  # the store says why
+        if (halted := self.store.halted()) is not None:
+            self._say(f"halted: {halted[0]}")
+        # Not when the server is told to stop: whoever is answered that the attempt is over leaves it for good.
+        self._set_live(None)
 
     def notify(self) -> None:
         """Something was received: wake all who wait."""
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def release(self) -> None:
+        """The server stops: all who wait go away, to ask again."""
+        self._stopping = True
+        self.notify()
+
     async def wait(self, until: Callable[[], bool], seconds: float | None) -> bool:
         """Wait until `until()` holds, at most `seconds`; whether it does."""
         end = None if seconds is None else time.monotonic() + seconds
         while not until():
+            if self._stopping:
+                return False
             left = 1.0 if end is None else min(1.0, end - time.monotonic())
             if left <= 0:
                 return False
@@ -145,14 +165,16 @@ class Rounds:
         self._broken = f"{accuser} complains that what {complaint.accused} sent it does not open ({complaint.code})"
         self.notify()
 
-    def answer_opening(self, after: int) -> OpeningAnswer | None:
-        """What a silo that knows of attempt `after` should do now; None while there is nothing new."""
+    def answer_opening(self, silo: str, after: int) -> OpeningAnswer | None:
+        """What `silo`, which knows of attempt `after`, should do now; None while there is nothing new for it."""
         halted = self.store.halted()
         if halted is not None:
             return OpeningAnswer(state="halted", reason=halted[0], void=halted[1])
         if self.finished:
             return OpeningAnswer(state="finished")
         if self.live is None or self.live.row.number <= after or self.live.session.phase is not Phase.JOIN:
+            return None
+        if silo in self.left_out():
             return None
         row = self.live.row
         return OpeningAnswer(
@@ -171,13 +193,16 @@ class Rounds:
         if self.live is None:
             return "the next attempt is being opened"
         session = self.live.session
-        missing = ", ".join(sorted(session.missing())) or "the silos that are expected"
+        missing = _listed(sorted(session.missing())) or "the silos that are expected"
         return f"{self._name(self.live)} is at stage {session.phase.name.lower()} and waits for {missing}"
 
     def note_refusal(self, silo: str, error: ProtocolError) -> None:
         """Remember that a message was refused, and why."""
-        if self.live is not None and error.code != "late":
-            self._note(self.live, silo, f"refused ({error.code}): {error}")
+        if self.live is None or error.code == "late" or self._refused[silo] >= _REFUSALS:
+            return
+        self._refused[silo] += 1
+        last = "; further ones are not noted" if self._refused[silo] == _REFUSALS else ""
+        self._note(self.live, silo, f"refused ({error.code}): {str(error)[:_REASON]}{last}")
 
     async def _drive(self, live: LiveAttempt) -> None:
         if live.session.phase is Phase.JOIN:
@@ -229,6 +254,8 @@ class Rounds:
             except ProtocolError as error:
                 if complete:
                     self._halt(live, str(error), void=None)
+                self._note(live, error.silo, str(error))
+                self._say(f"{self._name(live)}: {error}; waiting for more answers")
         self._finish_round(live, total)
 
     def _finish_round(self, live: LiveAttempt, total: Words) -> None:
@@ -323,6 +350,7 @@ class Rounds:
 
     def _set_live(self, live: LiveAttempt | None) -> None:
         self.live, self._broken = live, None
+        self._refused.clear()
         self.notify()
 
     def _halt(self, live: LiveAttempt, reason: str, void: bytes | None) -> None:
@@ -341,6 +369,12 @@ class Rounds:
     def _note(self, live: LiveAttempt, silo: str | None, reason: str) -> None:
         stage = live.session.phase.name.lower()
         self.store.add_event(Event(time.time(), live.row.round, live.row.number, silo, stage, reason))
+
+
+def _listed(names: list[str]) -> str:
+    """Names for a sentence that travels to a silo: with 255 silos not all of them."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def excluded(complaints: Iterable[tuple[str, str]], silos: tuple[str, ...], floor: int) -> set[str]:

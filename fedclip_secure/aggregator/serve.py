@@ -10,6 +10,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from fedclip_secure.aggregator.app import Server, make_app
+from fedclip_secure.aggregator.guests import dismiss_guests
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.rounds import Rounds
 from fedclip_secure.config.lock import Contract
@@ -36,8 +37,11 @@ async def serve(home: Home, host: str, port: int, say: Callable[[str], None], st
     context = server_context(home.server_certificate, home.server_key, home.authority_certificate)
     store = home.store()
     server = Server(store, authority, plan.federation)
-    runner = web.AppRunner(make_app(server), access_log=None, shutdown_timeout=2)
+    # A compressed body could unpack to more than its limit.
+    runner = web.AppRunner(make_app(server), access_log=None, shutdown_timeout=2, auto_decompress=False)
     await runner.setup()
+    assert runner.server is not None  # noqa: S101 - set up above
+    guests = asyncio.create_task(dismiss_guests(runner.server))
     try:
         try:
             await web.TCPSite(runner, host, port, ssl_context=context).start()
@@ -56,6 +60,9 @@ async def serve(home: Home, host: str, port: int, say: Callable[[str], None], st
         with contextlib.suppress(asyncio.CancelledError):
             await running
     finally:
+        guests.cancel()
+        if server.rounds is not None:
+            server.rounds.release()
         await runner.cleanup()
         store.close()
 

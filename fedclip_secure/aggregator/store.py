@@ -117,13 +117,17 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._sql.execute("BEGIN IMMEDIATE")
         try:
+            self._sql.execute("BEGIN IMMEDIATE")
             yield self._sql
-        except BaseException:
-            self._sql.execute("ROLLBACK")
-            raise
-        self._sql.execute("COMMIT")
+            self._sql.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise DataError(
+                f"{self._folder}: the aggregator's state cannot be written ({error}); free space"
+            ) from error
+        finally:
+            if self._sql.in_transaction:  # SQLite ends some that fail by itself
+                self._sql.execute("ROLLBACK")
 
     # Enrolment
 
@@ -213,6 +217,7 @@ class Store:
         with self._transaction() as sql:
             sql.execute("UPDATE attempts SET ended = ?, seal_private = x'' WHERE number = ?", (reason, attempt))
             sql.execute("DELETE FROM messages WHERE attempt = ? AND phase < 5", (attempt,))
+        self._sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was overwritten, until it is cut
         for vector in vectors:
             self.vector_path(vector).unlink(missing_ok=True)
 
@@ -327,8 +332,11 @@ class Store:
         return self._folder / "vectors" / f"{os.urandom(16).hex()}.part"
 
     def clear_unfinished(self) -> None:
-        """Remove what was arriving when the server stopped."""
-        for path in (self._folder / "vectors").glob("*.part"):
+        """Remove what was arriving, or was about to be removed, when the server stopped."""
+        wanted = {self.vector_path(row.sum_hash) for row in self.rounds()[-1:]}
+        bodies = self._sql.execute("SELECT body FROM messages WHERE phase = 2")
+        wanted |= {self.vector_path(body[:32]) for (body,) in bodies}
+        for path in set((self._folder / "vectors").iterdir()) - wanted:
             path.unlink()
 
     def save_model(self, digest: bytes, data: bytes) -> None:

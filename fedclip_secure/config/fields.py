@@ -16,10 +16,11 @@ from fedclip_secure.names import AGGREGATOR, NAME_PATTERN
 M = TypeVar("M", bound=BaseModel)
 _PIN = r"^sha256:[0-9a-f]{64}$"
 # A terminal would obey control characters, and a plan from a stranger could so forge the fingerprints below it.
-_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
+CONTROL = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
+_PRINTABLE = rf"^[^{CONTROL}]*$"
 _UNIONS = ("model", "data", "encoder")  # keys that hold one of several models
 _IN_WORDS = {  # pydantic's kinds of faults, where its own words would not help a person
-    "string_type": "must be text; put quotes around it",
+    "string_type": "must be text, in quotes where it looks like a number",
     "dict_type": "must be a mapping of keys to values",
     "model_type": "must be a mapping of keys to values",
     "model_attributes_type": "must be a mapping of keys to values",
@@ -62,6 +63,17 @@ def parse_duration(text: str) -> int:
         return int(str(_seconds(text)))
     except ValueError as error:
         raise ConfigError(f"{text!r} {error}") from error
+
+
+def parse_name(text: str) -> str:
+    """The name of a silo or a federation.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    if text == AGGREGATOR or not re.fullmatch(NAME_PATTERN, text):
+        raise ConfigError(f"{text!r} cannot be a name; use a-z, 0-9 and -, at most 63, not {AGGREGATOR!r}")
+    return text
 
 
 def _silo_name(value: object) -> object:
@@ -111,7 +123,7 @@ def check(data: Any, model: type[M], source: str) -> M:
 def _fault(item: Any) -> str:
     # The name of a union's branch is pydantic's, not the file's.
     path = [part for i, part in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] not in _UNIONS]
-    key = ".".join(str(part) for part in path) or "(the whole file)"
+    key = ".".join(str(part) for part in path if part != "[key]") or "(the whole file)"
     kind, found = item["type"], item["input"]
     if kind == "extra_forbidden":
         return f"{key}: unknown key; check its spelling or remove it"

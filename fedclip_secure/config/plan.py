@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, Tag, field_serializer, field_validator, model_validator
 
 from fedclip_secure import canonical
-from fedclip_secure.config.fields import Name, Number, Seconds, Strict, Text
+from fedclip_secure.config.fields import CONTROL, Name, Number, Seconds, Strict, Text
 from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
@@ -198,9 +198,7 @@ class FederationPlan(Strict):
         if len(value) < 2:
             raise ValueError("needs at least 2 classes")
         for folder in value:
-            if not re.fullmatch(
-                r"[^/\\\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]{1,200}", folder
-            ) or folder.startswith("."):
+            if not re.fullmatch(rf"[^/\\{CONTROL}]{{1,200}}", folder) or folder.startswith("."):
                 raise ValueError(f"{folder!r} cannot be a folder's name")
         return value
 

@@ -14,13 +14,15 @@ import yaml
 
 from fedclip_secure.errors import ConfigError
 
+_MAX_DIGITS = 30  # of an integer; Python takes ever longer to print long ones, and refuses at 4300
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalar rules of YAML 1.2, and without tags."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse a tag before anything is made of it: SafeLoader's own fail on bad values in ways of their own."""
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs lack it
         tag = getattr(event, "tag", None)
         if tag is not None:
             fact = f"the tag {tag!r} stands here; tags are not used, remove it"
@@ -45,6 +47,8 @@ for _tag, _pattern, _first in (
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     """Base 10 whatever the leading zeros: `010` is ten in YAML 1.2."""
     text = loader.construct_scalar(node)
+    if len(text) > _MAX_DIGITS:
+        raise yaml.constructor.ConstructorError(None, None, "an integer of so many digits is not used", node.start_mark)
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     return int(text[2:] if base != 10 else text, base)
 

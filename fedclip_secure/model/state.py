@@ -71,7 +71,7 @@ class AdapterState:
 
     def to_safetensors(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """The arrays as one safetensors file."""
-        return save({k: np.ascontiguousarray(v) for k, v in self.arrays().items()}, dict(metadata or {}))
+        return save({k: np.asarray(v, order="C") for k, v in self.arrays().items()}, dict(metadata or {}))
 
     @classmethod
     def from_arrays(
@@ -93,7 +93,7 @@ class AdapterState:
         try:
             arrays = load(data)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{source}: is not a safetensors file ({error})") from error
+            raise ModelError(f"{source}: is not a safetensors file ({error}); get it again") from error
         wanted = dict(layout.entries)
         for name in {**wanted, **arrays}:
             here = tuple(arrays[name].shape) if name in arrays else "(absent)"
@@ -101,4 +101,8 @@ class AdapterState:
                 raise ModelError(
                     f"{source}: parameter {name!r} has shape {here}, the plan says {wanted.get(name, '(absent)')}"
                 )
-        return cls.from_arrays(arrays, list(wanted))
+        with np.errstate(over="ignore"):  # what overflows float32 is infinity, and refused as such
+            try:
+                return cls.from_arrays(arrays, list(wanted))
+            except ModelError as error:
+                raise ModelError(f"{source}: {error}") from error

@@ -192,7 +192,10 @@ class AggregatorSession:
         ad = self._opening.ad
         outcome = compute_outcome(self._terms, ad.round, old, total, tuple(self.uploads))
         self._expected = Result(
+            plan=ad.plan,
+            roster=ad.roster,
             round=ad.round,
+            start=ad.model,
             transcript=self._transcript2,
             survivors=self._survivors,
             sum=vector_hash(total),

@@ -135,7 +135,10 @@ class Result(Body):
     """
 
     type: ClassVar[str] = "result"
+    plan: Hash  # with the roster, so that no other run's results can stand in this run's chain
+    roster: Hash
     round: Counter
+    start: Hash  # the model that the round started from
     transcript: Hash  # T2
     survivors: Hash
     sum: Hash
@@ -207,12 +210,9 @@ def open_message(wire: bytes, model: type[B], federation: str, roster: Roster) -
     envelope = canonical.decode(outer[0])
     if not isinstance(envelope, dict) or set(envelope) != {"v", "type", "federation", "sender", "body"}:
         raise ProtocolError("message", "a signed message has other fields than v, type, federation, sender, body")
-    if (
-        type(envelope["v"]) is not int
-        or envelope["v"] != 1
-        or envelope["type"] != model.type
-        or envelope["federation"] != federation
-    ):
+    # Encoded, because 1, 1.0 and True are equal to Python alone.
+    named = canonical.encode([envelope["v"], envelope["type"], envelope["federation"]])
+    if named != canonical.encode([1, model.type, federation]):
         raise ProtocolError("message", f"a message is not a {model.type} of federation {federation!r}, version 1")
     sender = envelope["sender"]
     try:

@@ -49,12 +49,12 @@ def check_opening(terms: Terms, position: Position, wire: bytes, results: Sequen
         )
     if ad.round == position.round and ad.model != position.model:
         raise ProtocolError("chain", f"the server opened round {ad.round} again over another model")
-    _check_chain(terms, ad, results)
+    _check_chain(terms, position, ad, results)
     return Opening(ad, base_hash(ad))
 
 
 def check_results(terms: Terms, wires: Sequence[bytes]) -> Result:
-    """Verify that t silos signed one and the same `Result`.
+    """Verify that t silos signed one and the same `Result` of this plan and roster.
 
     Raises:
         ProtocolError: `chain`, or a fault of encoding or signature.
@@ -66,7 +66,10 @@ def check_results(terms: Terms, wires: Sequence[bytes]) -> Result:
             "chain",
             f"{len(results)} silos vouch for {len(bodies)} different result(s); {terms.threshold} must agree on one",
         )
-    return bodies.pop()
+    result = bodies.pop()
+    if (result.plan, result.roster) != (terms.plan, terms.roster.digest):
+        raise ProtocolError("chain", "the server gave results of another run, under another plan or roster")
+    return result
 
 
 def _check_pins(terms: Terms, ad: ServerAd) -> None:
@@ -79,7 +82,7 @@ def _check_pins(terms: Terms, ad: ServerAd) -> None:
             )
 
 
-def _check_chain(terms: Terms, ad: ServerAd, results: Sequence[bytes]) -> None:
+def _check_chain(terms: Terms, position: Position, ad: ServerAd, results: Sequence[bytes]) -> None:
     if ad.round == 1:
         if ad.model != terms.initial_model:
             raise ProtocolError("chain", "round 1 does not start from the plan's initial model")
@@ -89,3 +92,5 @@ def _check_chain(terms: Terms, ad: ServerAd, results: Sequence[bytes]) -> None:
         raise ProtocolError(
             "chain", f"round {ad.round} does not start from the model that round {last.round} ended with"
         )
+    if position.round == last.round and last.start != position.model:
+        raise ProtocolError("chain", f"round {last.round} ended over another model than the one that this silo joined")

@@ -33,7 +33,7 @@ def compute_outcome(
     same bits.
 
     Raises:
-        ProtocolError: `sum-bounds`.
+        ProtocolError: `sum-bounds`, `unmoved`.
     """
     total = read_total(words, terms.vector, terms.grid, len(survivors))
     _check_weights(terms, total, survivors)
@@ -41,6 +41,9 @@ def compute_outcome(
         raise ProtocolError("sum-bounds", "the closing validation round moved the model: a silo sent garbage")
     mean = terms.grid.mean(total.update, total.weight)
     vector = (old.vector.astype(np.float64) + mean).astype(np.float32)
+    if terms.trains(round_number) and np.array_equal(vector, old.vector):
+        # The next round would start from the same model, over which every silo adds its vector only once.
+        raise ProtocolError("unmoved", "the round moved no parameter; the plan's training.optimizer.lr is too small")
     return Outcome(AdapterState(old.layout, vector), tuple(survivors), total.weight, total.correct, total.total)
 
 

@@ -245,7 +245,10 @@ class SiloSession:
             raise ValueError("the round did not start from this model")
         outcome = compute_outcome(self._terms, self._opening.ad.round, old, total, tuple(self._uploads))
         body = Result(
+            plan=self._terms.plan,
+            roster=self._terms.roster.digest,
             round=self._opening.ad.round,
+            start=self._opening.ad.model,
             transcript=self._transcript2,
             survivors=self._survivors,
             sum=vector_hash(total),

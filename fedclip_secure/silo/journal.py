@@ -28,13 +28,25 @@ class Journal:
         self._path = path
         with self._readable():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._sql = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._sql = sqlite3.connect(path, timeout=0, isolation_level=None)
             self._sql.execute("PRAGMA synchronous=FULL")
+            self._lock()
+            if self._sql.execute("PRAGMA quick_check").fetchone() != ("ok",):  # a cut file would read as empty
+                raise sqlite3.DatabaseError("the database is damaged")
             self._sql.execute(
                 "CREATE TABLE IF NOT EXISTS begun "
                 "(model BLOB NOT NULL, trained INTEGER NOT NULL, roster BLOB NOT NULL, "
                 "round INTEGER NOT NULL, attempt INTEGER NOT NULL)"
             )
+
+    def _lock(self) -> None:
+        """Keep the database to this process: two of them could each draw a vector over one model."""
+        self._sql.execute("PRAGMA locking_mode=EXCLUSIVE")
+        try:
+            self._sql.execute("BEGIN EXCLUSIVE")
+            self._sql.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise DataError(f"{self._path}: another fedclip-silo uses this workdir; wait for it, or stop it") from error
 
     def close(self) -> None:
         """Close the database."""
@@ -46,12 +58,14 @@ class Journal:
         A training round (`trains`) may follow a closing round over the same model, and nothing else.
         """
         query = "SELECT 1 FROM begun WHERE model = ? AND trained >= ?"
-        return self._sql.execute(query, (model, int(trains))).fetchone() is not None
+        with self._readable():
+            return self._sql.execute(query, (model, int(trains))).fetchone() is not None
 
     def begin(self, ad: ServerAd, *, trains: bool) -> None:
         """Note a joining before the first message leaves."""
         values = (ad.model, int(trains), ad.roster, ad.round, ad.attempt)
-        self._sql.execute("INSERT INTO begun VALUES (?, ?, ?, ?, ?)", values)
+        with self._readable():
+            self._sql.execute("INSERT INTO begun VALUES (?, ?, ?, ?, ?)", values)
 
     def position(self, roster: bytes) -> Position:
         """How far this silo has followed the run of this roster."""

@@ -44,7 +44,7 @@ async def fetch_points(link: Link, terms: Terms) -> list[ModelPoint]:
     points, model = [], terms.initial_model
     for number in range(1, terms.rounds + 1):
         result = check_results(terms, await link.results(number))
-        _check_order(result, number)
+        _check_order(result, number, model)
         points.append(ModelPoint(number - 1, model, result.correct, result.total))
         model = result.model
     if terms.rounds == terms.training_rounds:  # no closing validation round: nobody has counted for the last model
@@ -94,9 +94,11 @@ def adapter_folder(workdir: Path) -> Path:
     return workdir / "adapters"
 
 
-def _check_order(result: Result, number: int) -> None:
+def _check_order(result: Result, number: int, start: bytes) -> None:
     if result.round != number:
         raise ProtocolError("chain", f"the server gave the results of round {result.round} for round {number}")
+    if result.start != start:
+        raise ProtocolError("chain", f"round {number} does not start from the model that the round before ended with")
 
 
 def _card(kind: str, point: ModelPoint, contract: Contract, terms: Terms) -> dict[str, object]:

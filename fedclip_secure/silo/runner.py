@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.data.dataset import Counts
-from fedclip_secure.errors import ProtocolError, TrustError
+from fedclip_secure.errors import DataError, ProtocolError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.identity import Identity
@@ -166,6 +166,11 @@ class Runner:
         counts = Counts(0, 0)
         if terms.vector.counts and round_number >= terms.counted_from:
             counts = self._trainer.validate(old)
+            if counts.total > terms.grid.bound:
+                raise DataError(
+                    f"{counts.total} validation records are more than the {terms.grid.bound} that a sum over "
+                    f"{terms.grid.silos} silos can hold; ask for a smaller `splits.validation`"
+                )
         update = self._trainer.train(old) if terms.trains(round_number) else np.zeros(terms.layout.size)
         integers = terms.grid.quantize(update, weight)
         return ModelRecord(old.digest, terms.vector.pack(integers, weight, counts.correct, counts.total))

@@ -12,6 +12,7 @@ from fedclip_secure.names import NAME_PATTERN
 from fedclip_secure.pki.invitation import SECRET_BYTES
 
 M = TypeVar("M", bound=BaseModel)
+_FAULTS, _FAULTS_LENGTH = 5, 500  # named, and characters of them: whoever sent the message chose its keys
 
 
 class Message(BaseModel):
@@ -86,6 +87,6 @@ def parse(model: type[M], data: bytes) -> M:
         # Neither values nor pydantic's own text of them: a field may be a secret.
         faults = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'the message'}: {item['msg'].lower()}"
-            for item in error.errors(include_input=False, include_url=False)
-        )
+            for item in error.errors(include_input=False, include_url=False)[:_FAULTS]
+        )[:_FAULTS_LENGTH]
         raise ProtocolError("message", f"not a valid {model.__name__}: {faults}") from error

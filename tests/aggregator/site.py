@@ -1,0 +1,413 @@
+"""A coordinator's folder with enrolled silos, its real server over mutual TLS, and silos that run in the test's loop.
+
+Steps and updates are powers of two, so that every integer is exact and the models can be foretold bit for bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import socket
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from fedclip_secure.aggregator.enrolment import enrol
+from fedclip_secure.aggregator.home import Home, freeze, init_home, invite
+from fedclip_secure.aggregator.serve import serve
+from fedclip_secure.aggregator.status import RunStatus, read_status
+from fedclip_secure.aggregator.store import Store
+from fedclip_secure.config.lock import Contract, ExternalEncoder, FederationLock, Parameter, write_lock
+from fedclip_secure.data.dataset import Counts
+from fedclip_secure.errors import TransportError
+from fedclip_secure.model.state import AdapterState, Layout
+from fedclip_secure.pki.authority import load_authority
+from fedclip_secure.pki.certificates import parse_certificate
+from fedclip_secure.pki.identity import Enrolment, Identity, create_key, signing_request
+from fedclip_secure.pki.invitation import Invitation
+from fedclip_secure.secagg.opening import Position, check_opening
+from fedclip_secure.secagg.silo_session import ModelRecord, Shares, SiloSession
+from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo.journal import Journal
+from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.runner import Party, Runner
+from fedclip_secure.transport.client import Client, Patience
+from fedclip_secure.transport.messages import EnrolRequest, SharesRequest
+
+NAMES = tuple(f"lab-{letter}" for letter in "abcdefghij")
+QUICK = Patience(first_wait=0.02, longest_wait=0.1, silence=30, connect=5)
+ONCE = Patience(tries=1, silence=10, connect=5)
+STEP = 2.0**-30
+MAX_WEIGHT = 1024
+PARAMETERS = 8
+STAGES = ("key-ads", "bundles", "uploads", "agrees", "unmasks", "results")
+Before = Callable[[int, str], Awaitable[None]]  # attempt, stage: called before a silo sends; may wait, or raise
+
+
+class VanishedError(Exception):
+    """A silo is gone for good."""
+
+
+@dataclass
+class Site:
+    """A federation on this machine. `port` is the server's; `said` is what servers have told."""
+
+    home: Home
+    port: int
+    identities: dict[str, Identity] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    contract: Contract = field(init=False)
+    terms: Terms = field(init=False)
+
+    @classmethod
+    def create(cls, folder: Path, silos: int = 4, parameters: int = PARAMETERS, **changes: object) -> Site:
+        """Made and prepared; nobody is enrolled yet. `changes` are keys of the plan."""
+        port = free_port()
+        home = init_home(folder / "home", "lung-xray", ["127.0.0.1"], port)
+        _write_plan(home, port, silos, changes)
+        initial = AdapterState(Layout((("w", (parameters,)),)), np.linspace(-1, 1, parameters, dtype=np.float32))
+        (home.folder / "prompts.safetensors").write_bytes(b"prompts")
+        home.initial_path.write_bytes(initial.to_safetensors())
+        lock = FederationLock(
+            plan=home.plan().digest.hex(),
+            encoder=ExternalEncoder(dim=4, text_features_sha256=hashlib.sha256(b"prompts").hexdigest(), logit_scale=1),
+            layout=[Parameter(name="w", shape=[parameters])],
+            initial_model=initial.digest.hex(),
+            initial_file=hashlib.sha256(initial.to_safetensors()).hexdigest(),
+        )
+        write_lock(home.lock_path, lock)
+        return cls(home, port)
+
+    @classmethod
+    def frozen(cls, folder: Path, silos: int = 4, **changes: Any) -> Site:
+        """All are enrolled, and the roster is frozen."""
+        site = cls.create(folder, silos, **changes)
+        for name in NAMES[:silos]:
+            site.enrol(name)
+        site.contract, _, site.terms = freeze(site.home)
+        return site
+
+    def token(self, name: str, valid: float = 3600) -> Invitation:
+        return Invitation.decode(invite(self.home, name, valid))
+
+    def enrol(self, name: str, folder: str = "") -> Identity:
+        """As over the network, but without it."""
+        path = self.home.folder.parent / (folder or name)
+        key, authority = create_key(path), load_authority(self.home.authority_folder)
+        request = EnrolRequest(token=self.token(name).secret, csr=signing_request(key, name))
+        with self.store() as store:
+            answer = enrol(store, authority, "lung-xray", request.encode(), time.time())
+        certificate = parse_certificate(answer.certificate, "the answer")
+        enrolment = Enrolment(name=name, server=self.url, federation="lung-xray")
+        self.identities[name] = Identity(path, enrolment, key, certificate, authority.certificate)
+        self.identities[name].save()
+        return self.identities[name]
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    @property
+    def state(self) -> Path:
+        return self.home.folder / "state"
+
+    @contextlib.contextmanager
+    def store(self) -> Iterator[Store]:
+        store = self.home.store()
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def status(self) -> RunStatus:
+        return read_status(self.home, time.time())
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Straight from the server's database."""
+        sql = sqlite3.connect(self.state / "aggregator.sqlite", timeout=10)
+        try:
+            return sql.execute(query, values).fetchall()
+        finally:
+            sql.close()
+
+    def kept(self, stage: str) -> int:
+        """How many messages of this stage the present attempt holds."""
+        query = "SELECT count(*) FROM messages WHERE phase = ? AND attempt = (SELECT max(number) FROM attempts)"
+        return int(self.rows(query, STAGES.index(stage))[0][0])
+
+    @staticmethod
+    def stage_of(messages: str) -> str:
+        """What `status` calls the stage of these messages."""
+        return ("join", "share", "upload", "agree", "unmask", "result")[STAGES.index(messages)]
+
+    def reasons(self, silo: str | None) -> list[str]:
+        return [event["reason"] for event in self.status().events if event["silo"] == silo]
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """The server, until the block ends; then stopped as by SIGTERM."""
+        stop, before = asyncio.Event(), len(self.said)
+        server = asyncio.create_task(serve(self.home, "127.0.0.1", self.port, self.said.append, stop))
+        try:
+            await until(lambda: server.done() or len(self.said) > before)
+            yield
+        finally:
+            stop.set()
+            await server
+
+    @contextlib.asynccontextmanager
+    async def client(self, name: str, patience: Patience = ONCE) -> AsyncIterator[Client]:
+        async with Client.of(self.identities[name], lambda _reason, _seconds: None, patience) as client:
+            yield client
+
+    def record(self, name: str) -> ModelRecord:
+        """What this silo adds to the first model."""
+        trainer = SteadyTrainer.of(name, self.terms.layout.size)
+        integers = trainer.integers.view(np.uint32)
+        return ModelRecord(self.terms.initial_model, self.terms.vector.pack(integers, trainer.records, 3, 5))
+
+    def foretold(self, rounds: Iterable[Iterable[str]]) -> str:
+        """The digest after `rounds`, each given by the silos that it averaged."""
+        layout = self.terms.layout
+        vector = np.linspace(-1, 1, layout.size, dtype=np.float32)
+        for silos in rounds:
+            trainers = [SteadyTrainer.of(name, layout.size) for name in silos]
+            total = sum(t.integers.astype(np.int64) for t in trainers)
+            mean = (STEP * np.asarray(total, dtype=np.float64)) * MAX_WEIGHT / sum(t.records for t in trainers)
+            vector = (vector.astype(np.float64) + mean).astype(np.float32)
+        return AdapterState(layout, vector).digest.hex()
+
+
+def _write_plan(home: Home, port: int, silos: int, changes: dict[str, object]) -> None:
+    plan: dict[str, Any] = {
+        "federation": "lung-xray",
+        "server": f"https://127.0.0.1:{port}",
+        "model": {"name": "external", "dim": 4, "text_features": "prompts.safetensors"},
+        "classes": {"normal": "normal", "ill": "ill"},
+        "templates": ["{}"],
+        "splits": {"train": 0.6, "validation": 0.2, "test": 0.2},
+        "method": {"name": "fedclip"},
+        "training": {"rounds": 1, "batch_size": 8, "optimizer": {"name": "adam", "lr": 0.001}},
+        "secure_aggregation": {
+            "coordinate_clip": ((2**29 - 1) // silos) * STEP,
+            "max_weight": MAX_WEIGHT,
+            "verify_sum": "never",
+        },
+        "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), 20),
+    }
+    for key, value in changes.items():
+        plan[key] = {**plan.get(key, {}), **value} if isinstance(value, dict) else value
+    home.plan_path.write_text(yaml.safe_dump(plan, sort_keys=False))
+
+
+@dataclass
+class SteadyTrainer:
+    """The same update in every round; its integers are exact at its weight."""
+
+    records: int
+    integers: np.ndarray[Any, np.dtype[np.int32]]  # weight times update, on the grid
+    correct: int = 3  # of 5
+
+    @classmethod
+    def of(cls, name: str, parameters: int = PARAMETERS) -> SteadyTrainer:
+        index = NAMES.index(name)
+        integers = (np.arange(parameters, dtype=np.int32) % 1000 + 1) * (101 + index) * (-1) ** index
+        return cls(2 ** (index % 4 + 3), integers)
+
+    def train(self, received: AdapterState) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return self.integers.astype(np.float64) * STEP * MAX_WEIGHT / self.records
+
+    def validate(self, state: AdapterState) -> Counts:
+        return Counts(self.correct, 5)
+
+
+@dataclass(frozen=True)
+class HookedLink(Link):
+    """Asks `before` each time it is about to send."""
+
+    before: Before = field(kw_only=True)
+
+    async def send(self, attempt: int, stage: str, body: bytes) -> None:
+        await self.before(attempt, stage)
+        await super().send(attempt, stage, body)
+
+    async def send_if_in_time(self, attempt: int, stage: str, body: bytes) -> None:
+        await self.before(attempt, stage)
+        await super().send_if_in_time(attempt, stage, body)
+
+    async def send_upload(self, attempt: int, pieces: Iterable[bytes]) -> None:
+        await self.before(attempt, "uploads")
+        await super().send_upload(attempt, pieces)
+
+    async def send_shares(self, attempt: int, shares: Shares) -> None:
+        await super().send_shares(attempt, shares)  # which sends "bundles"
+
+
+async def nothing(attempt: int, stage: str) -> None:
+    """Goes on."""
+
+
+@dataclass
+class Silos:
+    """Silos of a site that take part, as tasks; `heard` is what each was told."""
+
+    site: Site
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    heard: dict[str, list[str]] = field(default_factory=dict)
+    runner: type[Runner] = Runner
+
+    def start(self, *names: str, before: Before = nothing, trainer: SteadyTrainer | None = None) -> None:
+        for name in names:
+            self.heard.setdefault(name, [])
+            chosen = trainer or SteadyTrainer.of(name, self.site.terms.layout.size)
+            self.tasks[name] = asyncio.create_task(self._take_part(name, before, chosen))
+
+    async def done(self, *names: str, seconds: float = 20) -> None:
+        """Until these silos (all) have ended as they should."""
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*(self.tasks[name] for name in names or self.tasks))
+
+    async def _take_part(self, name: str, before: Before, trainer: SteadyTrainer) -> None:
+        site, identity = self.site, self.site.identities[name]
+        journal = Journal(identity.folder / "journal.sqlite")
+        waiting = lambda reason, _seconds: self.heard[name].append(reason)  # noqa: E731
+        try:
+            async with Client.of(identity, waiting, QUICK) as client:
+                link = HookedLink(client, before=before)
+                party = Party(identity, site.contract, site.terms)
+                await self.runner(party, trainer, link, journal, self.heard[name].append).run()
+        finally:
+            journal.close()
+
+
+@contextlib.asynccontextmanager
+async def silos_of(site: Site, runner: type[Runner] = Runner) -> AsyncIterator[Silos]:
+    """Silos that are stopped when the block ends."""
+    silos = Silos(site, runner=runner)
+    try:
+        yield silos
+    finally:
+        for task in silos.tasks.values():
+            task.cancel()
+        await asyncio.gather(*silos.tasks.values(), return_exceptions=True)
+
+
+@dataclass
+class Hand:
+    """A silo that a test moves stage by stage, in one attempt."""
+
+    site: Site
+    name: str
+    client: Client
+    session: SiloSession
+    attempt: int = 1
+
+    async def make(self, stage: str) -> bytes:
+        """The body that is next for this stage, made once."""
+        link, session, attempt = Link(self.client), self.session, self.attempt
+        match stage:
+            case "key-ads":
+                return session.join()
+            case "bundles":
+                shares = session.share(await link.messages(attempt, "key-ads"))
+                ciphertexts = {peer: list(pair) for peer, pair in shares.ciphertexts.items()}
+                return SharesRequest(bundles=shares.bundles, ciphertexts=ciphertexts).encode()
+            case "uploads":
+                answer = await link.shares(attempt)
+                inbox = {peer: (pair[0], pair[1]) for peer, pair in answer.inbox.items()}
+                return b"".join(session.seal_upload(session.upload(answer.bundles, inbox)))
+            case "agrees":
+                return session.agree(await link.messages(attempt, "uploads"))
+            case "unmasks":
+                return session.unmask(await link.messages(attempt, "agrees"))
+            case _:
+                old = await link.model(self.site.terms.initial_model, self.site.terms)
+                return session.result(await link.sum(attempt, self.site.terms), old)[0]
+
+    async def put(self, stage: str, body: bytes) -> None:
+        """Send it once. Raises TransportError with the problem's status and code."""
+        path = f"/v1/attempts/{self.attempt}/{stage}"
+        if stage != "uploads":
+            await self.client.post(path, body)
+            return
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield body
+
+        await self.client.put_stream(path, chunks, len(body))
+
+    async def refused(self, stage: str, body: bytes) -> tuple[int | None, str | None]:
+        """Status and code of the problem that answers `body`."""
+        with pytest.raises(TransportError) as refusal:
+            await self.put(stage, body)
+        return refusal.value.status, refusal.value.code
+
+
+async def move(hands: Iterable[Hand], *stages: str) -> None:
+    """All make and send their messages of these stages."""
+    for stage in stages:
+        for hand in hands:
+            await hand.put(stage, await hand.make(stage))
+
+
+@contextlib.asynccontextmanager
+async def hands_of(
+    site: Site, session: type[SiloSession] = SiloSession, records: dict[str, ModelRecord] | None = None
+) -> AsyncIterator[list[Hand]]:
+    """One hand for each silo, all present in the first attempt."""
+    async with contextlib.AsyncExitStack() as stack:
+        hands = []
+        for name in site.terms.roster.silos:
+            client = await stack.enter_async_context(site.client(name))
+            answer = await Link(client).opening(0, idle=False)
+            opening = check_opening(site.terms, Position(), answer.opening or b"", answer.results)
+            record = (records or {}).get(name) or site.record(name)
+            made = session(site.terms, name, site.identities[name].sign, opening, record)
+            hands.append(Hand(site, name, client, made))
+        yield hands
+
+
+@dataclass
+class Gate:
+    """Holds silos at one stage of one attempt until it is opened."""
+
+    stage: str
+    attempt: int = 1
+    held: int = 0
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, attempt: int, stage: str) -> None:
+        if (attempt, stage) == (self.attempt, self.stage):
+            self.held += 1
+            await self.opened.wait()
+
+
+def vanishing(stage: str, attempt: int = 1) -> Before:
+    """Is gone for good before it sends at this stage."""
+
+    async def before(number: int, name: str) -> None:
+        if (number, name) == (attempt, stage):
+            raise VanishedError
+
+    return before
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Poll until it holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

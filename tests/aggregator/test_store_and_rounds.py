@@ -1,0 +1,230 @@
+"""The store by itself, and the rules of the state machine that need no network."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedclip_secure import canonical
+from fedclip_secure.aggregator.attempt import LiveAttempt
+from fedclip_secure.aggregator.rounds import Rounds, excluded
+from fedclip_secure.aggregator.store import Member, RoundRow, Store
+from fedclip_secure.config.plan import Deadlines
+from fedclip_secure.errors import DataError, ProtocolError
+from fedclip_secure.files import write_atomically
+from fedclip_secure.names import AGGREGATOR
+from fedclip_secure.pki.keys import SigningKey
+from fedclip_secure.secagg.aggregator_session import Phase
+from fedclip_secure.transport.messages import EnrolAnswer, OpeningAnswer, SharesRequest, WireList, parse
+from tests.fakes import Federation
+
+SEAL = bytes(range(96))
+
+
+def opened(folder: Path) -> Store:
+    store = Store(folder)
+    store.open_attempt(1, 1, b"opening", SEAL, 0.0)
+    return store
+
+
+def everything(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_the_state_is_for_its_owner_alone(tmp_path: Path) -> None:
+    opened(tmp_path / "state").close()
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+
+
+def test_the_secrets_of_an_attempt_that_is_over_stand_in_no_file_not_even_in_the_log(tmp_path: Path) -> None:
+    store, unmask = opened(tmp_path), bytes(range(100, 196))
+    store.add_message(1, Phase.UNMASK, "lab-a", unmask, b"r" * 32)
+    assert SEAL in everything(tmp_path)
+    assert unmask in everything(tmp_path)
+    store.end_attempt(1, "done")
+    assert SEAL not in everything(tmp_path)
+    assert unmask not in everything(tmp_path)
+    store.close()
+
+
+def test_vectors_that_a_crash_left_behind_are_removed_and_those_in_use_are_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    for part in (b"kept", b"sum", b"left"):
+        store.save_vector(hashlib.sha256(part).digest(), memoryview(part))
+    store.new_vector_path().write_bytes(b"half")
+    store.add_message(1, Phase.UPLOAD, "lab-a", hashlib.sha256(b"kept").digest() + b"header", b"r" * 32)
+    store.end_round(RoundRow(1, 1, ("lab-a",), 1, 0, 0, b"", b"", hashlib.sha256(b"sum").digest(), 0.0))
+    store.clear_unfinished()
+    assert {path.read_bytes() for path in (tmp_path / "vectors").iterdir()} == {b"kept", b"sum"}
+    store.close()
+
+
+def test_the_sum_of_two_rounds_that_add_up_alike_is_kept(tmp_path: Path) -> None:
+    store, digest = opened(tmp_path), hashlib.sha256(b"sum").digest()
+    store.save_vector(digest, memoryview(b"sum"))
+    for number in (1, 2):
+        store.end_round(RoundRow(number, number, ("lab-a",), 1, 0, 0, b"", b"", digest, 0.0))
+    assert store.vector_path(digest).read_bytes() == b"sum"
+    store.close()
+
+
+def test_a_transaction_that_fails_leaves_nothing_behind_and_the_next_one_works(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.add_message(1, Phase.JOIN, "lab-a", b"one", b"r" * 32)
+    with pytest.raises(sqlite3.IntegrityError):
+        store.add_message(1, Phase.JOIN, "lab-a", b"two", b"s" * 32)
+    store.add_message(1, Phase.JOIN, "lab-b", b"three", b"t" * 32)
+    assert store.messages(1, Phase.JOIN) == [("lab-a", b"one"), ("lab-b", b"three")]
+    store.close()
+
+
+def test_a_database_that_cannot_be_written_is_an_error_for_a_person(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store._sql.execute("PRAGMA query_only=ON")
+    with pytest.raises(DataError, match="cannot be written"):
+        store.close_phase(1)
+    store._sql.execute("PRAGMA query_only=OFF")
+    store.close_phase(1)
+    last = store.last_attempt()
+    assert last is not None
+    assert last.closed == 1
+    store.close()
+
+
+def test_what_the_disk_refuses_does_not_count_until_it_is_sent_again(tmp_path: Path) -> None:
+    federation = Federation(4)
+    attempt, store = federation.attempt(), Store(tmp_path)
+    wire, key = federation.opening()
+    store.open_attempt(1, 1, wire, key.private, 0.0)
+    row = store.last_attempt()
+    assert row is not None
+    live = LiveAttempt.restore(federation.terms, store, row)
+    attempt.opening = live.opening
+    body = attempt.session("silo-000").join()
+    store._sql.execute("PRAGMA query_only=ON")
+    with pytest.raises(DataError):
+        live.accept(Phase.JOIN, "silo-000", body)
+    assert live.session.ads == {}
+    store._sql.execute("PRAGMA query_only=OFF")
+    live.accept(Phase.JOIN, "silo-000", body)
+    assert set(live.session.ads) == {name for name, _ in store.messages(1, Phase.JOIN)} == {"silo-000"}
+    store.close()
+
+
+def test_a_differing_repeat_names_the_hash_of_the_first(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.add_message(1, Phase.JOIN, "lab-a", b"one", b"r" * 32)
+    assert store.known(1, Phase.JOIN, "lab-a", b"r" * 32)
+    assert not store.known(1, Phase.JOIN, "lab-b", b"r" * 32)
+    with pytest.raises(ProtocolError, match=(b"r" * 32).hex()) as refusal:
+        store.known(1, Phase.JOIN, "lab-a", b"s" * 32)
+    assert (refusal.value.code, refusal.value.silo) == ("differs", "lab-a")
+    store.close()
+
+
+def test_what_255_silos_are_waited_for_fits_into_an_answer(tmp_path: Path) -> None:
+    federation, store = Federation(255), Store(tmp_path / "state")
+    wire, key = federation.opening()
+    store.open_attempt(1, 1, wire, key.private, 0.0)
+    row = store.last_attempt()
+    assert row is not None
+    rounds = Rounds(store, federation.terms, SigningKey.create(tmp_path / "key.pem"), Deadlines(), lambda _text: None)
+    rounds.live = LiveAttempt.restore(federation.terms, store, row)
+    ads: dict[str, Any] = dict.fromkeys(federation.silos)
+    rounds.live.session.ads = ads
+    rounds.live.session.phase = Phase.SHARE
+    assert "silo-009 and 245 more" in OpeningAnswer(state="waiting", reason=rounds.describe()).reason
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("complaints", "out"),
+    [
+        ([], set()),
+        ([("a", "b")], {"a", "b"}),
+        ([("a", "b"), ("a", "c")], {"a", "b"}),  # a liar's second word counts against itself alone
+        ([("a", "b"), ("a", "b")], {"a", "b"}),
+        ([("a", "b"), ("c", "d")], {"a", "b", "c"}),  # both would leave fewer than the floor
+        ([("a", "a")], {"a"}),
+    ],
+)
+def test_complaints_leave_out_as_the_protocol_says(complaints: list[tuple[str, str]], out: set[str]) -> None:
+    assert excluded(complaints, ("a", "b", "c", "d", "e", "f", "g"), floor=4) == out
+
+
+def test_a_later_enrolment_replaces_the_earlier(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for certificate in (b"one", b"two"):
+        store.enrol(b"", b"", Member("lab-a", certificate, b"k" * 32, 0.0))
+    assert [member.certificate for member in store.members()] == [b"two"]
+    store.close()
+
+
+def test_writing_a_file_gives_all_of_it_or_leaves_it_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    write_atomically(path, b"one", mode=0o600)
+    write_atomically(path, memoryview(b"two"), mode=0o600)
+    assert path.read_bytes() == b"two"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [item.name for item in path.parent.iterdir()] == ["file"]
+    with pytest.raises(DataError, match="cannot be written"):
+        write_atomically(path / "below", b"three")
+    assert path.read_bytes() == b"two"
+
+
+def test_two_threads_that_write_one_file_leave_one_of_the_two_whole(tmp_path: Path) -> None:
+    texts = [bytes([letter]) * 2**18 for letter in b"ab"]
+    failed: list[BaseException] = []
+
+    def write(text: bytes) -> None:
+        try:
+            for _ in range(10):
+                write_atomically(tmp_path / "file", text)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert failed == []
+    assert (tmp_path / "file").read_bytes() in texts
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        canonical.encode({"messages": [b""]}),
+        canonical.encode({"messages": ["text"]}),
+        canonical.encode({"messages": [b"x"], "more": 1}),
+        canonical.encode({}),
+        canonical.encode([b"x"]),
+        canonical.encode({"messages": [b"x"]}) + b"\x00",
+        b"\xa1\x68messages\x9f\x41x\xff",  # indefinite length
+    ],
+)
+def test_messages_that_are_not_as_they_should_be_are_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError) as refusal:
+        parse(WireList, data)
+    assert refusal.value.code in ("message", "encoding")
+
+
+def test_the_text_of_a_refusal_is_short_and_shows_no_value() -> None:
+    data = canonical.encode({f"{i:05}": b"secret" for i in range(20_000)})
+    with pytest.raises(ProtocolError) as refusal:
+        parse(SharesRequest, data)
+    assert len(str(refusal.value)) < 600
+    with pytest.raises(ProtocolError) as refusal:
+        parse(EnrolAnswer, canonical.encode({"certificate": "hush", "federation": "x"}))
+    assert "hush" not in str(refusal.value)
+
+
+def test_the_aggregator_is_no_silo_s_name() -> None:
+    assert AGGREGATOR not in Federation(4).silos

@@ -1,0 +1,285 @@
+"""A silo's person who makes every mistake, against a real coordinator on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fedclip_cli import silo
+
+from fedclip_secure.aggregator.home import Home
+from fedclip_secure.aggregator.serve import serve
+from fedclip_secure.config.fields import check
+from fedclip_secure.config.lock import FederationLock, write_lock
+from fedclip_secure.config.silo import read_silo
+from fedclip_secure.model.state import AdapterState
+from fedclip_secure.pki.roster import Roster
+from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted
+from tests.cli.test_agg_mistakes import refused, run
+from tests.config.test_lock import LOCK
+
+NAMES = ("silo-a", "silo-b", "silo-c")
+
+
+@dataclass
+class Site:
+    """A served federation and the silos' folders beside it."""
+
+    folder: Path
+    url: str
+
+    @property
+    def home(self) -> str:
+        return str(self.folder / "lung")
+
+    def token(self, name: str, valid: str = "1h") -> str:
+        return run("invite", name, "--dir", self.home, "--valid", valid).output.split("fedclip-", 1)[1].split()[0]
+
+    def config(self, name: str) -> Path:
+        return self.folder / name / "silo.yaml"
+
+    def silo(self, command: str, name: str = "silo-a", *more: str, answer: str | None = None) -> str:
+        result = run(command, "--config", str(self.config(name)), *more, program=silo.main, input=answer)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def refused(self, said: str, command: str, *more: str, name: str = "silo-a", code: int = 1) -> str:
+        return refused(said, command, "--config", str(self.config(name)), *more, code=code, program=silo.main)
+
+    def enroll(self, name: str) -> None:
+        result = run(
+            "enroll", self.url, "--token", f"fedclip-{self.token(name)}", "--config", str(self.config(name)),
+            program=silo.main,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+
+    def frozen(self) -> Site:
+        for name in NAMES:
+            self.enroll(name)
+        assert run("freeze", "--dir", self.home).exit_code == 0
+        return self
+
+    def edit(self, old: str, new: str, name: str = "silo-a") -> None:
+        text = self.config(name).read_text()
+        assert old in text
+        self.config(name).write_text(text.replace(old, new))
+
+
+def _prepare(home: Home) -> None:
+    """What `prepare` writes, without torch."""
+    initial = AdapterState.from_arrays({"w": np.zeros((2, 3), np.float32)})
+    data = initial.to_safetensors()
+    home.initial_path.write_bytes(data)
+    lock = {
+        **LOCK,
+        "plan": home.plan().digest.hex(),
+        "layout": [{"name": "w", "shape": [2, 3]}],
+        "initial_model": initial.digest.hex(),
+        "initial_file": hashlib.sha256(data).hexdigest(),
+    }
+    write_lock(home.lock_path, check(lock, FederationLock, "lock"))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ("init", str(tmp_path / "lung"), "--name", "lung", "--hosts", "localhost", "--port", str(port))
+    assert run(*arguments).exit_code == 0
+    home = Home(tmp_path / "lung")
+    _prepare(home)
+    said: list[str] = []
+    loop, stop, up = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
+
+    def tell(line: str) -> None:
+        said.append(line)
+        up.set()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve(home, "127.0.0.1", port, tell, stop)))
+    thread.start()
+    assert up.wait(10), said
+    yield Site(tmp_path, f"https://localhost:{port}")
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(15)
+    assert not thread.is_alive()
+    loop.close()
+
+
+def test_mistakes_of_enrolment_end_in_one_message_each(site: Site) -> None:
+    token = f"fedclip-{site.token('silo-a')}"
+    site.refused("must begin with 'fedclip-'", "enroll", site.url, "--token", "x")
+    site.refused("cut short or mistyped", "enroll", site.url, "--token", token[:-5])
+    site.refused("must be https://HOST", "enroll", "localhost", "--token", token)
+    site.refused(
+        "certificate is for another host", "enroll", site.url.replace("localhost", "127.0.0.1"), "--token", token
+    )
+    assert not (site.folder / "silo-a" / "identity" / "enrolment.json").exists()
+    site.enroll("silo-a")
+    site.refused(
+        "the token is for 'silo-b'; use the right one", "enroll", site.url, "--token", f"fedclip-{site.token('silo-b')}"
+    )
+    site.refused("not known here", "enroll", site.url, "--token", token)
+    key = (site.folder / "silo-a" / "identity" / "key.pem").read_bytes()
+    site.enroll("silo-a")
+    assert (site.folder / "silo-a" / "identity" / "key.pem").read_bytes() == key, "a second enrolment keeps the key"
+
+
+def test_used_and_expired_tokens_are_refused(site: Site) -> None:
+    token = f"fedclip-{site.token('silo-a')}"
+    expired = f"fedclip-{site.token('silo-b', '1s')}"
+    assert (
+        run("enroll", site.url, "--token", token, "--config", str(site.config("silo-a")), program=silo.main).exit_code
+        == 0
+    )
+    site.refused("used already, with another key", "enroll", site.url, "--token", token, name="copy")
+    threading.Event().wait(1.1)
+    site.refused(
+        "token for silo-b has expired; ask the coordinator", "enroll", site.url, "--token", expired, name="silo-b"
+    )
+
+
+def test_commands_out_of_order_say_what_to_run_first(site: Site) -> None:
+    for command in ("accept", "extract", "train", "evaluate"):
+        site.refused("silo.yaml: is missing; `fedclip-silo enroll`", command)
+    site.enroll("silo-a")
+    site.refused("has not frozen the roster yet", "accept")
+    for command in ("extract", "train", "evaluate"):
+        site.refused("pins no plan and roster yet; run `fedclip-silo accept`", command)
+    assert "sha256:" not in site.config("silo-a").read_text()
+
+
+def test_declined_offer_pins_nothing_and_accepted_one_keeps_the_file(site: Site) -> None:
+    site.frozen()
+    before = site.config("silo-a").read_text()
+    result = run("accept", "--config", str(site.config("silo-a")), program=silo.main, input="n\n")
+    assert result.exit_code == 1
+    assert "not accepted" in result.output
+    assert site.config("silo-a").read_text() == before
+    output = site.silo("accept", answer="y\n")
+    assert "silo-a (you)" in output
+    assert site.config("silo-a").read_text().startswith(before)
+    site.refused(r"adapters/best\.safetensors: is missing; `fedclip-silo train` writes it", "evaluate")
+
+
+def test_policy_stops_accept_with_code_3_and_pins_nothing(site: Site) -> None:
+    site.frozen()
+    site.edit("require_privacy: false", "require_privacy: true")
+    site.edit("min_silos: 3", "min_silos: 4")
+    output = site.refused("silo-a does not take part", "accept", "--yes", code=3)
+    assert "policy.require_privacy" in output
+    assert "policy.min_silos is 4" in output
+    assert "sha256:" not in site.config("silo-a").read_text()
+
+
+def test_garbage_in_every_file_of_a_silo_is_named_and_left_alone(site: Site) -> None:
+    site.frozen().silo("accept", "silo-a", "--yes")
+    folder = site.folder / "silo-a"
+    for name in ("work/contract.cbor", "work/roster.cbor", "identity/enrolment.json", "identity/key.pem",
+                 "identity/certificate.pem", "identity/authority.pem", "silo.yaml"):  # fmt: skip
+        path = folder / name
+        before = path.read_bytes()
+        path.write_bytes(b"\xff garbage")
+        site.refused(path.name, "train")
+        assert path.read_bytes() == b"\xff garbage"
+        path.unlink()
+        site.refused(f"{path.name}|holds no identity", "train")
+        path.write_bytes(before)
+        if name == "identity/key.pem":
+            path.chmod(0o600)
+    adapters = folder / "work" / "adapters"
+    adapters.mkdir()
+    (adapters / "best.safetensors").write_bytes(b"garbage")
+    site.refused(r"best\.safetensors: is not a safetensors file .*get it again", "evaluate")
+
+
+def test_key_that_others_may_read_is_refused_with_the_command_that_mends_it(site: Site) -> None:
+    site.enroll("silo-a")
+    (site.folder / "silo-a" / "identity" / "key.pem").chmod(0o644)
+    site.refused("run `chmod 600", "accept")
+
+
+def test_workdir_that_cannot_be_made_is_named(site: Site) -> None:
+    site.frozen().edit("workdir: work", "workdir: silo.yaml/x")
+    site.refused("silo.yaml/x: cannot be made", "accept", "--yes")
+
+
+def test_another_key_after_the_freeze_is_refused_before_anything_is_pinned(site: Site) -> None:
+    """Somebody copied silo-b's identity over silo-a's folder, name and all."""
+    site.frozen()
+    mine, other = (site.folder / name / "identity" for name in ("silo-a", "silo-b"))
+    for name in ("key.pem", "certificate.pem"):
+        (mine / name).write_bytes((other / name).read_bytes())
+    site.refused("the certificate was issued to silo-b, not to silo-a", "accept", "--yes")
+
+
+def test_roster_with_another_key_for_this_silo_stops_train_before_it_connects(site: Site) -> None:
+    site.frozen().silo("accept", "silo-a", "--yes")
+    path = site.config("silo-a")
+    accepted = load_accepted(read_silo(path))
+    keys = {**dict(accepted.roster.members), "silo-a": Ed25519PrivateKey.generate().public_key().public_bytes_raw()}
+    save_accepted(path, read_silo(path), Accepted(accepted.contract, Roster.of(keys)), None)
+    site.refused("the roster holds another key for silo-a than", "train")
+
+
+def test_server_that_is_down_ends_accept_after_a_few_tries(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedclip_secure.transport import client
+
+    site.enroll("silo-a")
+    enrolment = site.folder / "silo-a" / "identity" / "enrolment.json"
+    enrolment.write_text(enrolment.read_text().replace(site.url, "https://localhost:1"))
+    monkeypatch.setattr(client.Patience, "before", lambda self, next_try, asked: 0.01)
+    output = site.refused("localhost:1: refuses connections; is it running", "accept")
+    assert output.count("trying again") == 4
+
+
+def test_proxy_that_cannot_be_used_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.enroll("silo-a")
+    monkeypatch.setenv("HTTPS_PROXY", "ftp://x")
+    site.refused("HTTPS_PROXY", "accept")
+
+
+def test_path_that_the_system_refuses_ends_in_one_message(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    refused("xxx: File name too long; check", "accept", "--config", str(path), program=silo.main)
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_fingerprints_stand_unbroken_on_one_line_each(
+    site: Site, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = site.frozen().silo("accept", "silo-a", "--yes").splitlines()
+    assert max(map(len, lines)) <= max(int(columns), len(str(site.config("silo-a"))) + 80)
+    found = [line for line in lines if re.search(r"([0-9a-f]{4} ){7}[0-9a-f]{4}", line)]
+    assert [line.split()[0] for line in found] == ["aggregator", *NAMES]
+
+
+def test_interrupt_ends_with_a_word_on_how_to_go_on(site: Site) -> None:
+    """While it waits for a server that refuses connections."""
+    arguments = ["enroll", "https://localhost:1", "--token", f"fedclip-{site.token('silo-a')}"]
+    code = "from fedclip_cli.silo import main; main(prog_name='fedclip-silo')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=site.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while "trying again" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors == "stopped. `fedclip-silo enroll` goes on from here\n"

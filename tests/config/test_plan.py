@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedclip_secure.aggregator.home import init_home
+from fedclip_secure.config.fields import check, parse_duration, parse_name, read_model
+from fedclip_secure.config.plan import FederationPlan, OpenClipModel
+from fedclip_secure.errors import ConfigError
+
+PLAN: dict[str, Any] = {
+    "federation": "lung-xray",
+    "server": "https://agg.example.org:8443",
+    "model": {"name": "ViT-B-32", "pretrained": "openai", "config": "a.json", "image_window": [0, 4095]},
+    "classes": {"normal": "no finding", "covid": "COVID-19", "pneumonia": "pneumonia"},
+    "templates": ["a chest x-ray showing {}", "{}"],
+    "splits": {"train": 0.6, "validation": 0.2, "test": 0.2},
+    "method": {"name": "fedclip", "loss": "cross_entropy"},
+    "training": {
+        "rounds": 50,
+        "local_epochs": 1,
+        "batch_size": 32,
+        "optimizer": {
+            "name": "adam",
+            "lr": 5e-5,
+            "betas": [0.9, 0.98],
+            "eps": 1e-6,
+            "weight_decay": 0.02,
+            "momentum": 0.0,
+        },
+        "seed": 0,
+    },
+    "secure_aggregation": {
+        "min_silos": 3,
+        "threshold": "malicious",
+        "colluding": 1,
+        "coordinate_clip": 0.1,
+        "weights": "public",
+        "public_weights": {"a": 1, "b": 2, "c": 3},
+        "max_weight": 100,
+        "verify_sum": "never",
+    },
+    "privacy": None,
+    "deadlines": {"join": "10m", "share": "5m", "upload": "30m", "agree": "10m", "unmask": "10m"},
+    "initial": "adapter.safetensors",
+}
+
+
+def plan_with(key: str, value: object) -> dict[str, Any]:
+    """`PLAN` with the value at a key path replaced; `...` removes it."""
+    data = copy.deepcopy(PLAN)
+    *path, last = key.split(".")
+    inner = data
+    for part in path:
+        inner = inner[part]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return data
+
+
+def test_example_is_read() -> None:
+    plan = check(PLAN, FederationPlan, "plan")
+    assert list(plan.classes) == ["normal", "covid", "pneumonia"]
+    assert plan.deadlines.upload == 1800
+    assert isinstance(plan.model, OpenClipModel)
+    assert plan.model.image_window == (0, 4095)
+
+
+def test_file_that_init_writes_is_a_plan(tmp_path: Path) -> None:
+    plan = init_home(tmp_path / "lung", "lung-xray", ["agg.example.org"], 8443).plan()
+    assert (plan.federation, plan.server) == ("lung-xray", "https://agg.example.org:8443")
+    assert plan.training.optimizer.lr == 5e-5
+    assert plan.deadlines.share == 300
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("federation", "Lung", r"federation: must have a-z, 0-9 and - only, at most 63 \(found 'Lung'\)"),
+        ("federation", "x" * 64, "federation: must have a-z"),
+        ("federation", "x\n", "federation: must have a-z"),
+        ("federation", "aggregator", "federation: 'aggregator' is the coordinator's own name"),
+        ("federation", ..., "federation: is missing; add it"),
+        ("server", "http://x", "server: must be https://HOST"),
+        ("server", "https://x/path", "server: must be https://HOST"),
+        ("server", "https://x:99999", "server: must be https://HOST"),
+        ("server", "https://x:abc", "server: must be https://HOST"),
+        ("server", "https://u:p@x", "server: must be https://HOST"),
+        ("server", "https://x#y", "server: must be https://HOST"),
+        ("server", "https://[::1", "server: "),
+        ("model", "ViT-B-32", "model: must be a mapping"),
+        ("model.name", "external", "model.dim: is missing"),
+        ("model.image_window", [5, 5], "low < high"),
+        ("model.image_window", ["a", 1], "model.image_window.0: input should be a valid integer"),
+        ("model.image_window", [1], "model.image_window.1: is missing"),
+        ("model.pretrained", "", "model.pretrained: "),
+        ("classes", {"a": "a"}, "classes: needs at least 2 classes"),
+        ("classes", {"a": "a", "../b": "b"}, "'../b' cannot be a folder's name"),
+        ("classes", {"a": "a", ".b": "b"}, "'.b' cannot be a folder's name"),
+        ("classes", {"a": "a", "b\x1b[2K": "b"}, "cannot be a folder's name"),
+        ("classes", {"a": "a", 1: "b"}, "classes.1: must be text, in quotes"),
+        ("classes", {"a": "a", "b": None}, "classes.b: must be text"),
+        ("classes", ["a", "b"], "classes: must be a mapping"),
+        ("classes", [[["a"], "x"], ["b", "y"]], "classes: must be a mapping"),
+        ("classes", [["a", "x"], ["a", "y"]], "classes: must be a mapping"),
+        ("templates", [], "templates: "),
+        ("templates", "a {}", "templates: input should be a valid list"),
+        ("templates", ["a photo"], r"'a photo' must hold \{\} once"),
+        ("templates", ["{} {}"], r"must hold \{\} once"),
+        ("templates", ["a {}\x1b[1A"], "templates.0: holds a control character"),
+        ("templates", ["a {}\u202e"], "templates.0: holds a control character"),
+        ("splits.train", 0.7, "splits: train, validation and test must add up to 1"),
+        ("splits.train", 0, "splits.train: input should be greater than 0"),
+        ("method.loss", "hinge", "method.loss: input should be 'cross_entropy' or 'inbatch'"),
+        ("training.rounds", 0, "training.rounds: input should be greater than or equal to 1"),
+        ("training.rounds", None, "training.rounds: input should be a valid integer"),
+        ("training.batch_size", True, "training.batch_size: input should be a valid integer"),
+        ("training.batch_size", 32.0, "training.batch_size: input should be a valid integer"),
+        ("training.batch_size", "32", "training.batch_size: input should be a valid integer"),
+        ("training.optimizer.lr", 10**400, "training.optimizer.lr: is too large"),
+        ("training.optimizer.lr", float("nan"), "training.optimizer.lr: input should be a finite number"),
+        ("training.optimizer.lr", float("inf"), "training.optimizer.lr: input should be a finite number"),
+        ("training.optimizer.lr", "5e-5", "training.optimizer.lr: input should be a valid number"),
+        ("training.optimizer.lr", True, "training.optimizer.lr: input should be a valid number"),
+        ("training.optimizer.betas", [0.9], "training.optimizer.betas.1: is missing"),
+        ("secure_aggregation.min_silos", 2, "secure_aggregation.min_silos: input should be greater"),
+        ("secure_aggregation.min_silos", 256, "secure_aggregation.min_silos: input should be less"),
+        ("secure_aggregation.coordinate_clip", 0, "secure_aggregation.coordinate_clip: input should be greater"),
+        ("secure_aggregation.max_weight", 2**29, "secure_aggregation.max_weight: input should be less"),
+        ("secure_aggregation.public_weights", None, "`public_weights` and `weights: public` go together"),
+        ("secure_aggregation.public_weights", {"a": 101}, r"public_weights.a must lie in 1..max_weight \(100\)"),
+        ("secure_aggregation.public_weights", {"a": 0}, "public_weights.a must lie in 1..max_weight"),
+        ("secure_aggregation.verify_sum", "auto", "not available in this version; write `never`"),
+        ("secure_aggregation.verify_sum", "always", "not available in this version; write `never`"),
+        ("privacy", {"epsilon": 8.0}, "privacy: differential privacy is not available in this version; remove"),
+        ("privacy", {}, "privacy: differential privacy is not available"),
+        ("deadlines.join", "10 m", "deadlines.join: must be a duration such as 30s"),
+        ("deadlines.join", "0s", "deadlines.join: must be a duration"),
+        ("deadlines.join", -5, "deadlines.join: input should be greater"),
+        ("deadlines.join", 1.5, "deadlines.join: input should be a valid integer"),
+        ("extra", 1, "extra: unknown key; check its spelling or remove it"),
+        ("training.optimizer.lrr", 1, "training.optimizer.lrr: unknown key"),
+    ],
+)
+def test_impossible_value_is_refused_with_its_key(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s)^plan: .*\n  .*{message}"):
+        check(plan_with(key, value), FederationPlan, "plan")
+
+
+def test_all_faults_stand_in_one_message() -> None:
+    data = plan_with("training.rounds", 0) | {"federation": "Lung", "foo": 1, "privacy": {"epsilon": 1}}
+    with pytest.raises(ConfigError) as caught:
+        check(data, FederationPlan, "federation.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "federation.yaml: 4 value(s) cannot be used:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["federation", "training.rounds", "privacy", "foo"]
+
+
+@pytest.mark.parametrize("data", [None, [], "text", 1])
+def test_file_that_is_no_mapping_is_refused(data: object) -> None:
+    with pytest.raises(ConfigError, match=r"^x: (is empty|must be a mapping)"):
+        check(data, FederationPlan, "x")
+
+
+def test_message_stays_short_where_aliases_unfold_to_billions(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)), "model: *a39"]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(rows))
+    with pytest.raises(ConfigError) as caught:
+        read_model(path, FederationPlan)
+    assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("10m", 600), ("2h", 7200), ("7d", 604800), ("999999s", 999999)]
+)
+def test_duration_is_read(text: str, seconds: int) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "7", "0d", "-1d", "1.5h", "10 m", "1w", "01h", "1000000s", "1h30m", "1H", "٣m"])
+def test_text_that_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be a duration such as 30s, 10m, 2h or 1d"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["", "Lung", "a b", "aggregator", "x" * 64, "a\n", "é"])
+def test_text_that_is_no_name_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a name; use a-z, 0-9 and -"):
+        parse_name(text)
+
+
+def test_braces_in_phrases_and_templates_stay_as_they_are() -> None:
+    data = plan_with("templates", ["a {} {x} {", "{{}}"]) | {"classes": {"a": "A {0}", "b": "B"}}
+    prompts = check(data, FederationPlan, "plan").text_prompts()
+    assert prompts[0] == ["a A {0} {x} {", "{A {0}}"]
+
+
+# The digest
+
+
+def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in _leaves(f"{prefix}.{key}".lstrip("."), item)]
+    return [(prefix, value)]
+
+
+OTHER = {
+    "server": "https://other",
+    "model.image_window": [0, 4094],
+    "templates": ["{}", "a chest x-ray showing {}"],
+    "method.loss": "inbatch",
+    "training.optimizer.name": "sgd",
+    "training.optimizer.betas": [0.9, 0.97],
+    "secure_aggregation.threshold": "honest_but_curious",
+    "splits.train": 0.7,
+    "splits.validation": 0.1,
+    "splits.test": 0.1,
+}
+TIED = {
+    "splits.train": {"splits.test": 0.1},
+    "splits.validation": {"splits.test": 0.3},
+    "splits.test": {"splits.train": 0.7},
+}
+FIXED = {"secure_aggregation.verify_sum", "privacy", "secure_aggregation.weights"}  # one value, or tied to a second key
+
+
+def _other(key: str, value: Any) -> Any:
+    if key in OTHER:
+        return OTHER[key]
+    if isinstance(value, str):
+        return "31m" if key.startswith("deadlines") else f"{value}x"
+    return value + 1 if isinstance(value, int) else value / 3 + 0.01
+
+
+@pytest.mark.parametrize(("key", "value"), [leaf for leaf in _leaves("", PLAN) if leaf[0] not in FIXED])
+def test_digest_changes_with_every_value(key: str, value: object) -> None:
+    data = plan_with(key, _other(key, value))
+    for tied, to in TIED.get(key, {}).items():
+        data["splits"][tied.split(".")[1]] = to
+    assert check(data, FederationPlan, "plan").digest != check(PLAN, FederationPlan, "plan").digest
+
+
+def test_digest_changes_with_the_kind_of_weights() -> None:
+    plans = [plan_with("secure_aggregation.public_weights", None) for _ in range(2)]
+    for plan, weights in zip(plans, ("equal", "masked"), strict=True):
+        plan["secure_aggregation"]["weights"] = weights
+    digests = {check(plan, FederationPlan, "plan").digest for plan in [*plans, PLAN]}
+    assert len(digests) == 3
+
+
+def test_digest_changes_with_the_order_of_classes() -> None:
+    turned = plan_with("classes", dict(reversed(PLAN["classes"].items())))
+    assert check(turned, FederationPlan, "plan").digest != check(PLAN, FederationPlan, "plan").digest
+
+
+def test_digest_is_the_same_whatever_the_form_of_the_yaml(tmp_path: Path) -> None:
+    turned = {key: PLAN[key] for key in sorted(PLAN)}
+    texts = [
+        yaml.safe_dump(PLAN, sort_keys=False, default_flow_style=True),
+        "# comment\n" + yaml.safe_dump(turned, sort_keys=False).replace("10m", "600"),
+        yaml.safe_dump(PLAN, sort_keys=False, indent=8),
+    ]
+    digests = set()
+    for number, text in enumerate(texts):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        digests.add(read_model(path, FederationPlan).digest)
+    assert digests == {check(PLAN, FederationPlan, "plan").digest}
+
+
+def test_integer_where_a_number_is_asked_has_the_digest_of_the_number() -> None:
+    one, same = plan_with("secure_aggregation.coordinate_clip", 1), plan_with("secure_aggregation.coordinate_clip", 1.0)
+    assert check(one, FederationPlan, "a").digest == check(same, FederationPlan, "b").digest

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedclip_secure.config.silo import FolderData, read_silo, write_silo
+from fedclip_secure.errors import ConfigError
+
+GOOD = "name: st-marys\ndata: {format: folder, path: images}\n"
+
+
+def _read(tmp_path: Path, text: str) -> object:
+    path = tmp_path / "silo.yaml"
+    path.write_text(text)
+    return read_silo(path)
+
+
+def test_relative_paths_count_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "silo"
+    folder.mkdir()
+    (folder / "silo.yaml").write_text(GOOD + "weights: /abs/w.pt\n")
+    monkeypatch.chdir(tmp_path)
+    config = read_silo(Path("silo/silo.yaml"))
+    assert config.data.path == str(folder / "images")
+    assert (config.identity, config.workdir) == (str(folder / "identity"), str(folder / "work"))
+    assert config.weights == "/abs/w.pt"
+
+
+def test_file_that_enrol_writes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "silo.yaml"
+    write_silo(path, "st-marys", 'a "quoted": # path', "w: #.pt")
+    config = read_silo(path)
+    assert config.name == "st-marys"
+    assert isinstance(config.data, FolderData)
+    assert config.data.path == str(tmp_path / 'a "quoted": # path')
+    assert config.weights == str(tmp_path / "w: #.pt")
+
+
+def test_missing_file_says_what_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"silo\.yaml: is missing; `fedclip-silo enroll` writes one"):
+        read_silo(tmp_path / "silo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: St\ndata: {format: folder, path: a}", "name: must have a-z, 0-9 and - only"),
+        ("name: aggregator\ndata: {format: folder, path: a}", "name: 'aggregator' is the coordinator's own"),
+        ("name: a\ndata: {format: dicom, path: a}", "data: `format` must be one of `folder`, `embeddings`"),
+        ("name: a\ndata: {path: a}", "data: lacks `format`; add it"),
+        ("name: a\ndata: images", "data: must be a mapping"),
+        ("name: a\ndata: {format: folder}", "data.path: is missing; add it"),
+        ("name: a\ndata: {format: embeddings, path: a, absent_classes: []}", "data.absent_classes: unknown key"),
+        (GOOD + "plan: x", "plan: must be sha256: and 64 digits"),
+        (GOOD + "roster: sha256:AB", "roster: must be sha256: and 64 digits"),
+        (GOOD + "device: tpu", "device: input should be 'auto', 'cpu', 'cuda' or 'mps'"),
+        (GOOD + "policy: {min_silos: 2}", "policy.min_silos: input should be greater than or equal to 3"),
+        (GOOD + "policy: {require_privacy: no}", "policy.require_privacy: input should be a valid boolean"),
+        (GOOD + "policy: {max_epsilon: 8.0}", "policy.max_epsilon: unknown key"),
+        (GOOD + "policy:", "policy: must be a mapping"),
+        (GOOD + "identity: ''", "identity: string should have at least 1 character"),
+        ("", "is empty"),
+    ],
+)
+def test_impossible_setting_is_refused_with_its_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"silo\.yaml: (?s:.*){message}"):
+        _read(tmp_path, text)
+
+
+def test_all_faults_stand_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 value") as caught:
+        _read(tmp_path, GOOD + "device: tpu\nplan: x\nfoo: 1")
+    assert str(caught.value).count("\n  ") == 3

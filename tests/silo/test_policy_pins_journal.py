@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from fedclip_secure.config.fields import check
+from fedclip_secure.config.silo import Policy, SiloConfig, read_silo
+from fedclip_secure.errors import DataError, PolicyError, TrustError
+from fedclip_secure.pki.identity import Identity
+from fedclip_secure.pki.keys import SigningKey
+from fedclip_secure.pki.roster import Roster
+from fedclip_secure.secagg.messages import ServerAd, open_message
+from fedclip_secure.secagg.opening import Position
+from fedclip_secure.silo.journal import Journal
+from fedclip_secure.silo.pins import (
+    Accepted,
+    check_own_key,
+    check_same,
+    load_accepted,
+    save_accepted,
+    text_features_path,
+)
+from fedclip_secure.silo.policy import check_policy
+from tests.config.test_lock import contract
+from tests.config.test_plan import plan_with
+from tests.fakes import Federation
+
+# Policy
+
+
+def _policy(silo: str = "silo-000", **settings: object) -> None:
+    check_policy(check(settings, Policy, "policy"), contract(), Federation(5).terms, silo)
+
+
+def test_policy_lets_a_plan_pass_that_keeps_it() -> None:
+    _policy()
+    _policy(min_silos=4, methods=["fedclip", "linear_probe"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"min_silos": 5}, "a round may average 4 silos, policy.min_silos is 5"),
+        ({"require_privacy": True}, "no differential privacy, policy.require_privacy is true"),
+        ({"methods": ["linear_probe"]}, "the plan's method is fedclip"),
+        ({"methods": []}, "the plan's method is fedclip"),
+        ({"silo": "stranger"}, "the roster does not hold stranger"),
+    ],
+)
+def test_policy_stops_on_purpose_with_code_3(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(PolicyError, match=said) as caught:
+        _policy(**settings)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 3
+
+
+def test_policy_lists_all_that_it_forbids() -> None:
+    with pytest.raises(PolicyError) as caught:
+        _policy("stranger", min_silos=5, require_privacy=True, methods=[])
+    assert str(caught.value).count("\n  ") == 4
+
+
+# Pins
+
+
+def _silo(tmp_path: Path, text: str = "") -> tuple[Path, SiloConfig]:
+    path = tmp_path / "silo.yaml"
+    path.write_text(f"# private\nname: silo-000\ndata: {{format: folder, path: x}}\n{text}")
+    return path, read_silo(path)
+
+
+def _offer(federation: Federation | None = None) -> Accepted:
+    return Accepted(contract(), (federation or Federation(3)).terms.roster)
+
+
+def test_what_was_accepted_is_loaded_again_and_pinned(tmp_path: Path) -> None:
+    path, config = _silo(tmp_path, "policy: {min_silos: 3}  # floor\n")
+    path.chmod(0o600)
+    offer = _offer()
+    save_accepted(path, config, offer, b"features")
+    assert load_accepted(read_silo(path)) == offer
+    assert path.read_text().startswith("# private\nname: silo-000\n")
+    assert "policy: {min_silos: 3}  # floor\n" in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert text_features_path(config).read_bytes() == b"features"
+    assert Path(config.workdir).stat().st_mode & 0o777 == 0o700
+
+
+def test_accepting_again_replaces_both_pins(tmp_path: Path) -> None:
+    path, config = _silo(tmp_path)
+    save_accepted(path, config, _offer(), None)
+    newer = Accepted(contract(plan_with("training.rounds", 7)), Federation(3).terms.roster)
+    save_accepted(path, read_silo(path), newer, None)
+    assert load_accepted(read_silo(path)) == newer
+    assert path.read_text().count("plan: sha256:") == 1
+
+
+def test_silo_that_accepted_nothing_is_told_to(tmp_path: Path) -> None:
+    with pytest.raises(TrustError, match="pins no plan and roster yet; run `fedclip-silo accept`"):
+        load_accepted(_silo(tmp_path)[1])
+
+
+def test_documents_that_are_not_the_pinned_ones_are_refused(tmp_path: Path) -> None:
+    path, config = _silo(tmp_path)
+    save_accepted(path, config, _offer(), None)
+    for name, other in (("contract.cbor", contract(plan_with("training.rounds", 7)).encode()),):
+        Path(config.workdir, name).write_bytes(other)
+    with pytest.raises(TrustError, match=r"(?s)holds another contract or roster than silo.yaml pins.*`fedclip-silo"):
+        load_accepted(read_silo(path))
+
+
+@pytest.mark.parametrize("name", ["contract.cbor", "roster.cbor"])
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"\xff" * 99, b"\x80", b"\x82\xa0\xa0"])
+def test_damaged_document_is_named_with_the_remedy(tmp_path: Path, name: str, garbage: bytes) -> None:
+    path, config = _silo(tmp_path)
+    save_accepted(path, config, _offer(), None)
+    Path(config.workdir, name).write_bytes(garbage)
+    with pytest.raises(TrustError, match=rf"(?s){name}.*run `fedclip-silo accept`"):
+        load_accepted(read_silo(path))
+
+
+def test_missing_document_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path, config = _silo(tmp_path)
+    save_accepted(path, config, _offer(), None)
+    Path(config.workdir, "roster.cbor").unlink()
+    with pytest.raises(DataError, match=r"roster\.cbor: cannot be read .*run `fedclip-silo accept`"):
+        load_accepted(read_silo(path))
+
+
+def test_workdir_that_cannot_be_made_is_named_and_nothing_is_pinned(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path, config = _silo(tmp_path, "workdir: file/work\n")
+    before = path.read_text()
+    with pytest.raises(DataError, match=r"file/work: cannot be made .*`workdir` in silo.yaml"):
+        save_accepted(path, config, _offer(), None)
+    assert path.read_text() == before
+
+
+def test_server_with_another_plan_is_refused_with_both_sides() -> None:
+    mine = _offer()
+    theirs = Accepted(contract(plan_with("secure_aggregation.min_silos", 4)), mine.roster)
+    check_same(mine, mine, "https://x")
+    with pytest.raises(TrustError) as caught:
+        check_same(mine, theirs, "https://x")
+    text = "  secure_aggregation.min_silos\n    accepted here: 3\n    server's:      4"
+    assert text in str(caught.value)
+
+
+def test_server_with_another_roster_is_refused_with_both_fingerprints() -> None:
+    federation = Federation(3)
+    mine = _offer(federation)
+    keys = dict(mine.roster.members)
+    changed = Roster.of({**keys, "silo-001": Federation(3).terms.roster.members[1][1]})
+    larger = Roster.of({**keys, "zz": Federation(3).terms.roster.members[2][1]})
+    with pytest.raises(TrustError) as caught:
+        check_same(mine, Accepted(mine.contract, changed), "https://x")
+    assert mine.roster.fingerprint("silo-001") in str(caught.value)
+    assert changed.fingerprint("silo-001") in str(caught.value)
+    with pytest.raises(TrustError, match=r"roster: zz\n    accepted here: \(absent\)"):
+        check_same(mine, Accepted(mine.contract, larger), "https://x")
+
+
+class _Named:
+    """As much of an identity as the check of its key needs."""
+
+    def __init__(self, key: SigningKey, name: str, folder: Path) -> None:
+        self.key, self.name, self.folder = key, name, folder
+
+
+def test_roster_with_another_key_under_this_silos_name_is_refused(tmp_path: Path) -> None:
+    federation = Federation(3)
+    mine = cast(Identity, _Named(SigningKey(federation.keys["silo-000"]), "silo-000", tmp_path))
+    check_own_key(federation.terms.roster, mine)
+    with pytest.raises(TrustError, match=r"another key for silo-000 .*tell the coordinator"):
+        check_own_key(Federation(3).terms.roster, mine)
+
+
+# Journal
+
+
+def _ad(federation: Federation, round_number: int, attempt: int) -> ServerAd:
+    wire, _ = federation.opening(round_number, attempt)
+    return open_message(wire, ServerAd, "test", federation.terms.roster).body
+
+
+def test_journal_remembers_across_a_restart(tmp_path: Path) -> None:
+    path, federation = tmp_path / "deep" / "journal.sqlite", Federation(3)
+    roster, model = federation.terms.roster.digest, federation.model.digest
+    first = Journal(path)
+    assert first.position(roster) == Position()
+    assert not first.begun(model, trains=True)
+    first.begin(_ad(federation, 1, 1), trains=True)
+    first.begin(_ad(federation, 1, 3), trains=True)
+    first.close()
+    again = Journal(path)
+    assert again.begun(model, trains=True)
+    assert again.position(roster) == Position(1, 3, model)
+    again.close()
+
+
+def test_journal_forgets_no_model_under_another_roster(tmp_path: Path) -> None:
+    journal, federation = Journal(tmp_path / "journal.sqlite"), Federation(3)
+    journal.begin(_ad(federation, 1, 1), trains=True)
+    assert journal.begun(federation.model.digest, trains=True)
+    assert not journal.begun(b"x" * 32, trains=True)
+    assert journal.position(b"another roster".ljust(32)) == Position()
+    journal.close()
+
+
+def test_counting_over_a_model_does_not_keep_a_later_run_from_training_on_it(tmp_path: Path) -> None:
+    journal, federation = Journal(tmp_path / "journal.sqlite"), Federation(3)
+    journal.begin(_ad(federation, 3, 1), trains=False)
+    assert not journal.begun(federation.model.digest, trains=True)
+    assert journal.begun(federation.model.digest, trains=False)
+    journal.close()
+
+
+@pytest.mark.parametrize("kind", ["garbage", "folder", "cut"])
+def test_damaged_journal_is_named_and_its_loss_is_warned_of(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "journal.sqlite"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "garbage":
+        path.write_bytes(b"garbage" * 100)
+    else:
+        journal = Journal(path)
+        journal.begin(_ad(Federation(3), 1, 1), trains=True)
+        journal.close()
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"journal\.sqlite: cannot be used .*move it away only when") as caught:
+        Journal(path).begun(bytes(32), trains=True)
+    assert caught.value.exit_code == 1

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedclip_secure.errors import DataError
+from fedclip_secure.files import write_atomically
+
+
+def test_file_is_written_whole_with_its_folders_and_mode(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "key"
+    write_atomically(path, b"secret", mode=0o600)
+    assert path.read_bytes() == b"secret"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_file_that_is_there_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"long old content")
+    write_atomically(path, memoryview(b"new"))
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("path", ["file/x", "file/deep/er/x", "folder"])
+def test_target_that_cannot_be_is_refused_by_name_and_leaves_nothing(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_bytes(b"here first")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    with pytest.raises(DataError, match=f"{path}: cannot be written"):
+        write_atomically(tmp_path / path, b"data")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "folder"]
+    assert (tmp_path / "file").read_bytes() == b"here first"
+
+
+def test_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    name = "n" * 254  # with the temporary name's additions too long for the file system
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(DataError, match="cannot be written"):
+        write_atomically(tmp_path / name, b"new")
+    assert (tmp_path / name).read_bytes() == b"old"
