@@ -29,8 +29,8 @@ class Journal:
         with self._readable():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._sql = sqlite3.connect(path, timeout=0, isolation_level=None)
-            self._sql.execute("PRAGMA synchronous=FULL")
             self._lock()
+            self._sql.execute("PRAGMA synchronous=FULL")
             if self._sql.execute("PRAGMA quick_check").fetchone() != ("ok",):  # a cut file would read as empty
                 raise sqlite3.DatabaseError("the database is damaged")
             self._sql.execute(
@@ -41,11 +41,13 @@ class Journal:
 
     def _lock(self) -> None:
         """Keep the database to this process: two of them could each draw a vector over one model."""
-        self._sql.execute("PRAGMA locking_mode=EXCLUSIVE")
         try:
+            self._sql.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._sql.execute("BEGIN EXCLUSIVE")
             self._sql.execute("COMMIT")
         except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
             raise DataError(f"{self._path}: another fedclip-silo uses this workdir; wait for it, or stop it") from error
 
     def close(self) -> None:

@@ -231,3 +231,11 @@ def test_damaged_journal_is_named_and_its_loss_is_warned_of(tmp_path: Path, kind
     with pytest.raises(DataError, match=r"journal\.sqlite: cannot be used .*move it away only when") as caught:
         Journal(path).begun(bytes(32), trains=True)
     assert caught.value.exit_code == 1
+
+
+def test_a_second_process_on_one_workdir_is_refused(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "journal.sqlite")
+    with pytest.raises(DataError, match="another fedclip-silo uses this workdir"):
+        Journal(tmp_path / "journal.sqlite")
+    first.close()
+    Journal(tmp_path / "journal.sqlite").close()
