@@ -1,7 +1,7 @@
-"""What a silo must remember across a crash: which models it has begun to add its vector to.
+"""What a silo must remember across a crash: the attempts it joined, and the models over which it sent its vector.
 
-After a restart the vector that was drawn for a model is gone, and a second one over the same model
-would disclose the difference of the two. So a restarted silo sits such a model out. The rule holds
+After a restart the vector that was drawn for a model is gone. If it may have left, a second one over
+the same model would disclose the difference of the two, and the silo sits such a model out. The rule holds
 for a model's digest alone, in whatever run or round it comes up again; but where only validation
 counts went out, in a closing round, a later run may still train from that model.
 """
@@ -34,10 +34,10 @@ class Journal:
             if self._sql.execute("PRAGMA quick_check").fetchone() != ("ok",):  # a cut file would read as empty
                 raise sqlite3.DatabaseError("the database is damaged")
             self._sql.execute(
-                "CREATE TABLE IF NOT EXISTS begun "
-                "(model BLOB NOT NULL, trained INTEGER NOT NULL, roster BLOB NOT NULL, "
-                "round INTEGER NOT NULL, attempt INTEGER NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS joined "
+                "(roster BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, model BLOB NOT NULL)"
             )
+            self._sql.execute("CREATE TABLE IF NOT EXISTS sent (model BLOB NOT NULL, trained INTEGER NOT NULL)")
 
     def _lock(self) -> None:
         """Keep the database to this process: two of them could each draw a vector over one model."""
@@ -54,24 +54,28 @@ class Journal:
         """Close the database."""
         self._sql.close()
 
-    def begun(self, model: bytes, *, trains: bool) -> bool:
-        """Whether this silo has ever joined an attempt over this model, in whatever run or round.
+    def sent(self, model: bytes, *, trains: bool) -> bool:
+        """Whether a vector of this silo over this model may have left, in whatever run or round.
 
         A training round (`trains`) may follow a closing round over the same model, and nothing else.
         """
-        query = "SELECT 1 FROM begun WHERE model = ? AND trained >= ?"
+        query = "SELECT 1 FROM sent WHERE model = ? AND trained >= ?"
         with self._readable():
             return self._sql.execute(query, (model, int(trains))).fetchone() is not None
 
-    def begin(self, ad: ServerAd, *, trains: bool) -> None:
-        """Note a joining before the first message leaves."""
-        values = (ad.model, int(trains), ad.roster, ad.round, ad.attempt)
+    def join(self, ad: ServerAd) -> None:
+        """Note an attempt before its first message leaves."""
         with self._readable():
-            self._sql.execute("INSERT INTO begun VALUES (?, ?, ?, ?, ?)", values)
+            self._sql.execute("INSERT INTO joined VALUES (?, ?, ?, ?)", (ad.roster, ad.round, ad.attempt, ad.model))
+
+    def send(self, model: bytes, *, trains: bool) -> None:
+        """Note a masked vector before it leaves."""
+        with self._readable():
+            self._sql.execute("INSERT INTO sent VALUES (?, ?)", (model, int(trains)))
 
     def position(self, roster: bytes) -> Position:
         """How far this silo has followed the run of this roster."""
-        query = "SELECT round, attempt, model FROM begun WHERE roster = ? ORDER BY attempt DESC LIMIT 1"
+        query = "SELECT round, attempt, model FROM joined WHERE roster = ? ORDER BY attempt DESC LIMIT 1"
         with self._readable():
             row = self._sql.execute(query, (roster,)).fetchone()
         return Position() if row is None else Position(*row)

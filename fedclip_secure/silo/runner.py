@@ -16,7 +16,7 @@ from fedclip_secure.errors import DataError, ProtocolError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.identity import Identity
-from fedclip_secure.secagg.messages import Complaint, Void, open_message, sign_message
+from fedclip_secure.secagg.messages import Complaint, ServerAd, Void, open_message, sign_message
 from fedclip_secure.secagg.opening import Opening, check_opening
 from fedclip_secure.secagg.outcome import Outcome
 from fedclip_secure.secagg.silo_session import ModelRecord, SiloSession
@@ -70,7 +70,7 @@ class Runner:
         self._trainer, self._link, self._journal, self._say = trainer, link, journal, say
         self._position = journal.position(self._terms.roster.digest)
         self._model: AdapterState | None = None  # the newest that this silo knows
-        self._record: ModelRecord | None = None  # of the model that this process has begun
+        self._record: ModelRecord | None = None  # of the model that this process works on
         self._said = ""
 
     async def run(self) -> None:
@@ -97,8 +97,8 @@ class Runner:
             idle = self._must_sit_out(opening)
             if idle:
                 self._tell(
-                    f"{self._name(opening)}: this silo joined over this very model before, and its update is gone with "
-                    "the process; sitting it out until the model has moved on (a new run needs another training.seed)"
+                    f"{self._name(opening)}: this silo sent an update over this very model before it was "
+                    "restarted, and a second one could disclose it; sitting out until the model has moved on"
                 )
                 continue
             try:
@@ -108,7 +108,7 @@ class Runner:
 
     def _must_sit_out(self, opening: Opening) -> bool:
         mine = self._record is not None and self._record.model == opening.ad.model
-        return not mine and self._journal.begun(opening.ad.model, trains=self._terms.trains(opening.ad.round))
+        return not mine and self._journal.sent(opening.ad.model, trains=self._terms.trains(opening.ad.round))
 
     async def _attempt(self, opening: Opening) -> None:
         ad = opening.ad
@@ -116,12 +116,12 @@ class Runner:
         if self._record is None or self._record.model != ad.model:
             async with present(self._link, ad.attempt):
                 self._record = await asyncio.to_thread(self._make_record, ad.round, old)
-        self._journal.begin(ad, trains=self._terms.trains(ad.round))
+        self._journal.join(ad)
         self._position = self._journal.position(self._terms.roster.digest)
         identity = self._party.identity
         session = SiloSession(self._terms, identity.name, identity.sign, opening, self._record)
         try:
-            outcome = await self._stages(session, ad.attempt, old)
+            outcome = await self._stages(session, ad, old)
         except ProtocolError as error:
             if error.code in _PATIENT_CODES:
                 raise LeftOutError(str(error)) from error
@@ -130,9 +130,9 @@ class Runner:
         validation = f"; the model before it had {outcome.correct} of {outcome.total} right" if outcome.total else ""
         self._tell(f"{self._name(opening)}: averaged {', '.join(outcome.survivors)}{validation}")
 
-    async def _stages(self, session: SiloSession, attempt: int, old: AdapterState) -> Outcome:
+    async def _stages(self, session: SiloSession, ad: ServerAd, old: AdapterState) -> Outcome:
         """Stages 0 to 5. From `agree` on others can finish without this silo, so lateness is no failure."""
-        link = self._link
+        link, attempt = self._link, ad.attempt
         await link.send(attempt, "key-ads", session.join())
         await link.send_shares(attempt, session.share(await link.messages(attempt, "key-ads")))
         shares = await link.shares(attempt)
@@ -141,6 +141,7 @@ class Runner:
         except ProtocolError as error:
             await self._complain(session, attempt, error)
             raise
+        self._journal.send(ad.model, trains=self._terms.trains(ad.round))
         await link.send_upload(attempt, session.seal_upload(upload))
         agree = session.agree(await link.messages(attempt, "uploads"))
         await link.send_if_in_time(attempt, "agrees", agree)

@@ -189,30 +189,32 @@ def test_journal_remembers_across_a_restart(tmp_path: Path) -> None:
     roster, model = federation.terms.roster.digest, federation.model.digest
     first = Journal(path)
     assert first.position(roster) == Position()
-    assert not first.begun(model, trains=True)
-    first.begin(_ad(federation, 1, 1), trains=True)
-    first.begin(_ad(federation, 1, 3), trains=True)
+    first.join(_ad(federation, 1, 1))
+    first.join(_ad(federation, 1, 3))
+    assert not first.sent(model, trains=True)
+    first.send(model, trains=True)
     first.close()
     again = Journal(path)
-    assert again.begun(model, trains=True)
+    assert again.sent(model, trains=True)
     assert again.position(roster) == Position(1, 3, model)
     again.close()
 
 
 def test_journal_forgets_no_model_under_another_roster(tmp_path: Path) -> None:
     journal, federation = Journal(tmp_path / "journal.sqlite"), Federation(3)
-    journal.begin(_ad(federation, 1, 1), trains=True)
-    assert journal.begun(federation.model.digest, trains=True)
-    assert not journal.begun(b"x" * 32, trains=True)
+    journal.join(_ad(federation, 1, 1))
+    journal.send(federation.model.digest, trains=True)
+    assert journal.sent(federation.model.digest, trains=True)
+    assert not journal.sent(b"x" * 32, trains=True)
     assert journal.position(b"another roster".ljust(32)) == Position()
     journal.close()
 
 
 def test_counting_over_a_model_does_not_keep_a_later_run_from_training_on_it(tmp_path: Path) -> None:
     journal, federation = Journal(tmp_path / "journal.sqlite"), Federation(3)
-    journal.begin(_ad(federation, 3, 1), trains=False)
-    assert not journal.begun(federation.model.digest, trains=True)
-    assert journal.begun(federation.model.digest, trains=False)
+    journal.send(federation.model.digest, trains=False)
+    assert not journal.sent(federation.model.digest, trains=True)
+    assert journal.sent(federation.model.digest, trains=False)
     journal.close()
 
 
@@ -225,11 +227,11 @@ def test_damaged_journal_is_named_and_its_loss_is_warned_of(tmp_path: Path, kind
         path.write_bytes(b"garbage" * 100)
     else:
         journal = Journal(path)
-        journal.begin(_ad(Federation(3), 1, 1), trains=True)
+        journal.join(_ad(Federation(3), 1, 1))
         journal.close()
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"journal\.sqlite: cannot be used .*move it away only when") as caught:
-        Journal(path).begun(bytes(32), trains=True)
+        Journal(path).sent(bytes(32), trains=True)
     assert caught.value.exit_code == 1
 
 

@@ -110,15 +110,24 @@ def _start_until(party: Silo, stage: str) -> None:
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_restarted_silo_sits_the_model_out_and_joins_the_next(hub: Hub, tmp_path: Path) -> None:
+def test_silo_restarted_before_its_vector_left_takes_part_in_the_next_attempt(hub: Hub, tmp_path: Path) -> None:
     parties = silos(hub, tmp_path)
     _start_until(parties["silo-000"], "key-ads")
+    hub.open(1)
+    run_all(parties.values())
+    assert parties["silo-000"].trainer.trained.count(hub.federation.model.digest) == 2
+    assert 2 in {attempt for attempt, stage, _ in parties["silo-000"].link.sent if stage == "uploads"}
+
+
+def test_restarted_silo_sits_the_model_out_and_joins_the_next(hub: Hub, tmp_path: Path) -> None:
+    parties = silos(hub, tmp_path)
+    parties["silo-000"].journal.send(hub.federation.model.digest, trains=True)
     hub.waits_for = {1: set(parties) - {"silo-000"}}
     hub.open(1)
     run_all(parties.values())
     first = hub.federation.model.digest
-    assert parties["silo-000"].trainer.trained.count(first) == 1, "trained again over the model it had begun"
-    assert [line for line in parties["silo-000"].said if "sitting it out until the model has moved on" in line]
+    assert parties["silo-000"].trainer.trained.count(first) == 0, "trained again over the model it had sent for"
+    assert [line for line in parties["silo-000"].said if "sitting out until the model has moved on" in line]
     uploads = {attempt for attempt, stage, _ in parties["silo-000"].link.sent if stage == "uploads"}
     assert 2 not in uploads
     assert uploads, "it took no part in later rounds"
@@ -223,7 +232,7 @@ def test_hostile_opening_stops_the_silo_before_it_trains_or_sends(hub: Hub, tmp_
     assert caught.value.code == code
     assert party.link.sent == []
     assert party.trainer.trained == []
-    assert not party.journal.begun(hub.federation.model.digest, trains=True)
+    assert not party.journal.sent(hub.federation.model.digest, trains=True)
 
 
 def test_attempt_shown_twice_is_a_replay(hub: Hub, tmp_path: Path) -> None:
@@ -244,7 +253,7 @@ def test_update_beyond_the_clip_stops_the_silo_before_it_joins(hub: Hub, tmp_pat
         run_all([party])
     assert caught.value.code == "clip"
     assert party.link.sent == []
-    assert not party.journal.begun(hub.federation.model.digest, trains=True)
+    assert not party.journal.sent(hub.federation.model.digest, trains=True)
 
 
 def test_update_that_is_no_number_stops_the_silo_before_it_joins(hub: Hub, tmp_path: Path) -> None:

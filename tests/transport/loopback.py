@@ -123,8 +123,16 @@ def alerting(context: ssl.SSLContext) -> Iterator[int]:
             if ended.is_set():
                 connection.close()
                 return
-            with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
-                tls.recv(65536)
+            # A copy outlives the failed handshake: closing with the client's request unread would reset the
+            # connection, and the reset could overtake the alert.
+            with connection.dup() as copy:
+                with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
+                    tls.recv(65536)
+                with contextlib.suppress(OSError):
+                    copy.settimeout(5)
+                    copy.shutdown(socket.SHUT_WR)
+                    while copy.recv(65536):
+                        pass
 
     ended = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
