@@ -49,6 +49,7 @@ class Federation:
             roster=roster,
             threshold=t,
             floor=max(t, self.colluding + 2, 3),
+            colluding=self.colluding,
             rounds=self.rounds,
             layout=self.model.layout,
             vector=VectorLayout(self.parameters, self.counts),

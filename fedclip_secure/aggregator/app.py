@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,25 +20,23 @@ from aiohttp import StreamReader, web
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedclip_secure.aggregator.attempt import LiveAttempt, inbox_of
+from fedclip_secure.aggregator.edge import STALL, check_announced, digest_of, number, problems, read_body
 from fedclip_secure.aggregator.enrolment import enrol
 from fedclip_secure.aggregator.rounds import Rounds
 from fedclip_secure.aggregator.store import Store
-from fedclip_secure.errors import DataError, FedClipError, ProtocolError, TransportError, TrustError
+from fedclip_secure.errors import ProtocolError, TransportError, TrustError
 from fedclip_secure.names import MAX_SILOS
 from fedclip_secure.pki.authority import Authority
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.sealing import BodyOpener, sealed_body_limit
 from fedclip_secure.transport.enrolment import AUTHORITY_PATH, ENROL_PATH
 from fedclip_secure.transport.messages import OpeningAnswer, SharesAnswer, WireList
-from fedclip_secure.transport.problems import CONTENT_TYPE, Problem
 from fedclip_secure.transport.tls import peer_certificate
 
 LONG_POLL = 25.0  # seconds; proxies cut longer silences
 MAX_BODY = 16 * 2**10 + MAX_SILOS * 4096  # bytes: the largest message is stage 1 of a full roster
 _MAX_ENROL = 8 * 2**10  # bytes; from anybody, so no more than a token and a request need
-_STALL = 60.0  # seconds without a byte before a body is given up
 _CHUNK = 2**18  # bytes
-_MAX_DETAIL = 2000  # characters of a problem
 _STAGES = {
     "key-ads": Phase.JOIN,
     "bundles": Phase.SHARE,
@@ -47,8 +44,6 @@ _STAGES = {
     "unmasks": Phase.UNMASK,
     "results": Phase.RESULT,
 }
-_STATUS = {"late": 409, "early": 409, "left-out": 409, "differs": 409, "ended": 410, "length": 413, "size": 413}
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -59,6 +54,7 @@ class Server:
     authority: Authority
     federation: str
     rounds: Rounds | None = None
+    uploading: set[str] = field(default_factory=set)
 
 
 _SERVER = web.AppKey("server", Server)
@@ -66,7 +62,7 @@ _SERVER = web.AppKey("server", Server)
 
 def make_app(server: Server) -> web.Application:
     """The routes."""
-    app = web.Application(middlewares=[_problems], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[problems], client_max_size=MAX_BODY)
     app[_SERVER] = server
     app.add_routes(
         [
@@ -100,7 +96,7 @@ async def get_authority(request: web.Request) -> web.Response:
 
 async def post_enrol(request: web.Request) -> web.Response:
     """A token and a request for a certificate."""
-    server, body = request.app[_SERVER], await _body(request, _MAX_ENROL)
+    server, body = request.app[_SERVER], await read_body(request, _MAX_ENROL)
     return _cbor(enrol(server.store, server.authority, server.federation, body, time.time()).encode())
 
 
@@ -119,19 +115,19 @@ async def get_roster(request: web.Request) -> web.Response:
 async def get_file(request: web.Request) -> web.Response:
     """A file that the lock names by its SHA-256."""
     _caller(request)
-    return _found(request.app[_SERVER].store.file(_digest(request)))
+    return _found(request.app[_SERVER].store.blobs.file(digest_of(request)))
 
 
 async def get_model(request: web.Request) -> web.Response:
     """A model by its digest, as safetensors."""
     _caller(request)
-    return _found(request.app[_SERVER].store.model(_digest(request)))
+    return _found(request.app[_SERVER].store.blobs.model(digest_of(request)))
 
 
 async def get_opening(request: web.Request) -> web.Response:
     """Long-poll: the next attempt after the one that the silo knows, or why there is none."""
     silo, server = _caller(request), request.app[_SERVER]
-    after, idle = _number(request.query.get("after", "0")), request.query.get("idle") == "1"
+    after, idle = number(request.query.get("after", "0")), request.query.get("idle") == "1"
     if server.rounds is None:
         await asyncio.sleep(1)
         return _cbor(OpeningAnswer(state="waiting", reason="the coordinator has not frozen the roster yet").encode())
@@ -146,7 +142,7 @@ async def get_opening(request: web.Request) -> web.Response:
 async def get_results(request: web.Request) -> web.Response:
     """The signed results of a finished round."""
     _caller(request)
-    return _cbor(WireList(messages=_rounds(request).results_of(_number(request.match_info["round"]))).encode())
+    return _cbor(WireList(messages=_rounds(request).results_of(number(request.match_info["round"]))).encode())
 
 
 async def post_message(request: web.Request) -> web.Response:
@@ -154,7 +150,7 @@ async def post_message(request: web.Request) -> web.Response:
     silo, rounds, live = _turn(request)
     phase = _STAGES[request.match_info["stage"]]
     async with _refusals_noted(rounds, silo):
-        body = await _body(request, MAX_BODY)
+        body = await read_body(request, MAX_BODY)
         if phase is Phase.JOIN and silo in rounds.left_out():
             raise ProtocolError("left-out", f"{silo} is kept out of this round by a complaint")
         rounds.current(live.row.number)  # the body may have taken long
@@ -167,7 +163,7 @@ async def post_complaint(request: web.Request) -> web.Response:
     """What a peer sealed to the caller does not open."""
     silo, rounds, live = _turn(request)
     async with _refusals_noted(rounds, silo):
-        body = await _body(request, MAX_BODY)
+        body = await read_body(request, MAX_BODY)
         rounds.current(live.row.number)
         rounds.complain(live, silo, body)
     return web.Response(status=204)
@@ -199,21 +195,25 @@ async def get_sum(request: web.Request) -> web.StreamResponse:
     live = await _closed(request, Phase.UNMASK, Phase.UPLOAD)
     store = request.app[_SERVER].store
     row = next(row for row in store.rounds() if row.attempt == live.row.number)
-    return web.FileResponse(store.vector_path(row.sum_hash), headers={"Content-Type": "application/octet-stream"})
+    return web.FileResponse(store.blobs.vector_path(row.sum_hash), headers={"Content-Type": "application/octet-stream"})
 
 
 async def put_upload(request: web.Request) -> web.Response:
     """The sealed masked vector: opened as it arrives, onto the disk, synced, then acknowledged."""
     silo, rounds, live = _turn(request)
-    words = rounds.terms.vector.words
-    arriving = request.app[_SERVER].store.new_vector_path()
+    words, uploading = rounds.terms.vector.words, request.app[_SERVER].uploading
+    if silo in uploading:
+        raise ProtocolError("busy", f"an upload of {silo} is arriving already")
+    arriving = request.app[_SERVER].store.blobs.new_vector_path()
+    uploading.add(silo)
     try:
         async with _refusals_noted(rounds, silo):
-            _check_announced(request, sealed_body_limit(4 * words))
+            check_announced(request, sealed_body_limit(4 * words))
             header, vector = await _receive_vector(request.content, live.open_upload(silo, words), arriving)
             rounds.current(live.row.number)
             live.accept_upload(silo, header, vector, arriving)
     finally:
+        uploading.discard(silo)
         arriving.unlink(missing_ok=True)
     rounds.notify()
     return web.Response(status=204)
@@ -224,7 +224,7 @@ async def _receive_vector(content: StreamReader, opener: BodyOpener, path: Path)
     sha256 = hashlib.sha256()
     with path.open("wb") as file:
         while True:
-            async with asyncio.timeout(_STALL):
+            async with asyncio.timeout(STALL):
                 piece = await content.read(_CHUNK)
             if not piece:
                 break
@@ -259,7 +259,7 @@ def _turn(request: web.Request) -> tuple[str, Rounds, LiveAttempt]:
     """The caller and the attempt that it names, which must be the one going on."""
     silo, rounds = _caller(request), _rounds(request)
     rounds.presence.seen(silo, idle=False)
-    return silo, rounds, rounds.current(_number(request.match_info["attempt"]))
+    return silo, rounds, rounds.current(number(request.match_info["attempt"]))
 
 
 @asynccontextmanager
@@ -305,39 +305,6 @@ def _frozen(request: web.Request) -> tuple[bytes, bytes]:
     return frozen
 
 
-async def _body(request: web.Request, limit: int) -> bytes:
-    """The whole body, of at most `limit` bytes."""
-    _check_announced(request, limit)
-    body = bytearray()
-    async with asyncio.timeout(_STALL):
-        while piece := await request.content.readany():
-            body += piece
-            if len(body) > limit:
-                raise ProtocolError("size", f"the body has more than {limit} bytes")
-    return bytes(body)
-
-
-def _check_announced(request: web.Request, limit: int) -> None:
-    if (request.content_length or 0) > limit:
-        raise ProtocolError("size", f"the body has {request.content_length} bytes, at most {limit} are read")
-
-
-def _digest(request: web.Request) -> bytes:
-    try:
-        digest = bytes.fromhex(request.match_info["digest"])
-    except ValueError:
-        digest = b""
-    if len(digest) != 32:
-        raise ProtocolError("message", "a digest is 64 hex digits")
-    return digest
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 10):
-        raise ProtocolError("message", f"{text[:20]!r} is not a number")
-    return int(text)
-
-
 def _found(data: bytes | None) -> web.Response:
     if data is None:
         raise TransportError("there is no such file here", status=404, code="not-found")
@@ -346,50 +313,3 @@ def _found(data: bytes | None) -> web.Response:
 
 def _cbor(data: bytes) -> web.Response:
     return web.Response(body=data, content_type="application/cbor")
-
-
-@web.middleware
-async def _problems(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Every refusal as RFC 9457 problem details."""
-    try:
-        return await handler(request)
-    except web.HTTPNoContent:
-        return web.Response(status=204)
-    except web.HTTPException as error:
-        code = {413: "size", 404: "not-found"}.get(error.status, "http")
-        problem = Problem.of(code, error.status, error.text or error.reason)
-    except TimeoutError:
-        problem = Problem.of("stalled", 408, f"no data for {_STALL:.0f} s")
-    except (ConnectionError, web.RequestPayloadError):  # nobody is there to read this
-        problem = Problem.of("truncated", 400, "the connection ended before the body did")
-    except OSError as error:
-        problem = _disk(request, error)
-    except DataError as error:
-        problem = _disk(request, error)
-    except FedClipError as error:
-        problem = _problem_of(error)
-    except Exception:  # a fault of ours: the log has it, the caller learns no more than that
-        _log.exception("%s %s failed", request.method, request.path)
-        problem = Problem.of("internal", 500, "the aggregator failed; its log says why")
-    return web.Response(body=problem.encode(), status=problem.status, content_type=CONTENT_TYPE)
-
-
-def _disk(request: web.Request, error: Exception) -> Problem:
-    """The silo keeps what it has and tries again; paths of this machine are not its business."""
-    _log.error("%s %s: %s", request.method, request.rel_url.raw_path, error)
-    return Problem.of("storage", 503, "the aggregator's disk refuses; its log says why")
-
-
-def _problem_of(error: FedClipError) -> Problem:
-    text = str(error)[:_MAX_DETAIL]
-    match error:
-        case ProtocolError():
-            return Problem.of(error.code, _STATUS.get(error.code, 400), text)
-        case TrustError():
-            return Problem.of("refused", 403, text)
-        case TransportError():
-            return Problem.of(error.code or "http", error.status or 400, text)
-        case _:
-            return Problem.of("internal", 500, text)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
@@ -75,8 +74,8 @@ class LiveAttempt:
         if self.store.known(self.row.number, Phase.UPLOAD, silo, received):
             return
         with self._received(Phase.UPLOAD, silo, body):
-            arrived.replace(self.store.vector_path(vector))
-            self.store.sync_vectors()
+            arrived.replace(self.store.blobs.vector_path(vector))
+            self.store.blobs.sync_vectors()
             self.store.add_message(self.row.number, Phase.UPLOAD, silo, body, received)
 
     def close_phase(self) -> None:
@@ -91,7 +90,7 @@ class LiveAttempt:
     def vectors(self) -> Iterator[Words]:
         """The survivors' masked vectors, one at a time."""
         for message in self.session.uploads.values():
-            yield np.fromfile(self.store.vector_path(message.body.vector), dtype=WORD)
+            yield np.fromfile(self.store.blobs.vector_path(message.body.vector), dtype=WORD)
 
     @contextmanager
     def _received(self, phase: Phase, silo: str, body: bytes) -> Iterator[None]:
@@ -103,7 +102,7 @@ class LiveAttempt:
         try:
             yield
         except BaseException:
-            cast("dict[str, Any]", self.session.answered(phase)).pop(silo, None)
+            self.session.take_back(phase, silo)
             raise
 
     def _receive(self, phase: Phase, silo: str, body: bytes) -> None:

@@ -17,7 +17,13 @@ from fedclip_secure.config.plan import ExternalModel, FederationPlan
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import AGGREGATOR
-from fedclip_secure.pki.authority import AUTHORITY_CERTIFICATE, Authority, create_authority, load_authority
+from fedclip_secure.pki.authority import (
+    AUTHORITY_CERTIFICATE,
+    Authority,
+    create_authority,
+    load_authority,
+    server_names,
+)
 from fedclip_secure.pki.certificates import write_certificate
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import SigningKey, write_private_key
@@ -103,6 +109,7 @@ def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) ->
     home = Home(folder)
     if home.plan_path.exists():
         raise ConfigError(f"{home.plan_path}: is there already; choose an empty folder")
+    server_names(hosts)  # a typo must show before there is a folder that a second try would find
     authority = create_authority(home.authority_folder, federation)
     issue_server_certificate(home, authority, hosts)
     SigningKey.create(home.signing_key)
@@ -158,7 +165,7 @@ def freeze(home: Home) -> tuple[Contract, Roster, Terms]:
         roster = Roster.of({**keys, AGGREGATOR: SigningKey.load(home.signing_key).public_bytes})
         terms = Terms.of(contract, roster)
         for data in _locked_files(home, contract):
-            store.save_file(data)
+            store.blobs.save_file(data)
         store.freeze(contract.encode(), roster.encode())
     finally:
         store.close()

@@ -10,12 +10,13 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 
 from fedclip_secure.aggregator.attempt import LiveAttempt
+from fedclip_secure.aggregator.complaints import excluded
+from fedclip_secure.aggregator.presence import Presence
 from fedclip_secure.aggregator.store import Event, RoundRow, Store
 from fedclip_secure.config.plan import Deadlines
 from fedclip_secure.errors import DataError, ProtocolError
@@ -29,8 +30,6 @@ from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import OpeningAnswer
 
-PRESENT = 60.0  # seconds since a silo was last heard of, within which a joining round waits for it
-_SEEN_EVERY = 5.0  # seconds between two notes of a silo's presence in the store
 _LISTED = 10  # names in one sentence
 _REFUSALS = 20  # noted of one silo in one attempt: it could fill the disk with them
 _REASON = 500  # characters of a refusal that are noted
@@ -42,35 +41,6 @@ class AttemptEndedError(Exception):
 
 class HaltedError(Exception):
     """The run cannot go on without a person."""
-
-
-@dataclass(slots=True)
-class Presence:
-    """Who was heard of when, on this process's clock."""
-
-    store: Store
-    seen_at: dict[str, float] = field(default_factory=dict)  # silos that could join
-    noted_at: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Whoever was there just before a restart is about to come back."""
-        now, ago = time.monotonic(), time.time()
-        self.seen_at |= {silo: now - max(0.0, ago - at) for silo, at in self.store.presence().items()}
-
-    def seen(self, silo: str, *, idle: bool) -> None:
-        """A silo asked for something; an `idle` one sits the present model out."""
-        now = time.monotonic()
-        if idle:
-            self.seen_at.pop(silo, None)
-        else:
-            self.seen_at[silo] = now
-        if now - self.noted_at.get(silo, -_SEEN_EVERY) >= _SEEN_EVERY:
-            self.noted_at[silo] = now
-            self.store.seen(silo, time.time())
-
-    def present(self) -> set[str]:
-        """Silos heard of lately that could join."""
-        return {silo for silo, at in self.seen_at.items() if time.monotonic() - at <= PRESENT}
 
 
 class Rounds:
@@ -103,7 +73,7 @@ class Rounds:
 
     async def run(self) -> None:
         """Run until the plan's last round, or until only a person can help."""
-        self.store.clear_unfinished()
+        self.store.blobs.keep_vectors(self.store.vectors_wanted())
         try:
             while self.store.halted() is None and (live := self._resume() or self._open()) is not None:
                 self._set_live(live)
@@ -156,7 +126,7 @@ class Rounds:
 
     def left_out(self) -> set[str]:
         """Silos that complaints keep out of this round's attempts."""
-        return excluded(self.store.complaints(self._next_round()), self.terms.roster.silos, self.terms.floor)
+        return excluded(self.store.complaints(self._next_round()), self.terms)
 
     def complain(self, live: LiveAttempt, accuser: str, wire: bytes) -> None:
         """Take a complaint: it ends the attempt."""
@@ -202,7 +172,7 @@ class Rounds:
             return
         self._refused[silo] += 1
         last = "; further ones are not noted" if self._refused[silo] == _REFUSALS else ""
-        self._note(self.live, silo, f"refused ({error.code}): {str(error)[:_REASON]}{last}")
+        self._note(self.live, "refused", silo, f"refused ({error.code}): {str(error)[:_REASON]}{last}")
 
     async def _drive(self, live: LiveAttempt) -> None:
         if live.session.phase is Phase.JOIN:
@@ -254,7 +224,7 @@ class Rounds:
             except ProtocolError as error:
                 if complete:
                     self._halt(live, str(error), void=None)
-                self._note(live, error.silo, str(error))
+                self._note(live, "blocked", error.silo, str(error))
                 self._say(f"{self._name(live)}: {error}; waiting for more answers")
         self._finish_round(live, total)
 
@@ -264,8 +234,8 @@ class Rounds:
             outcome = live.session.compute_result(total, old)
         except ProtocolError as error:
             self._halt(live, str(error), self._void(live, str(error)))
-        self.store.save_vector(vector_hash(total), total.astype(WORD, copy=False).data)
-        self.store.save_model(outcome.model.digest, outcome.model.to_safetensors())
+        self.store.blobs.save_vector(vector_hash(total), total.astype(WORD, copy=False).data)
+        self.store.blobs.save_model(outcome.model.digest, outcome.model.to_safetensors())
         row = RoundRow(
             live.row.round, live.row.number, outcome.survivors, outcome.weight, outcome.correct, outcome.total,
             live.opening.ad.model, outcome.model.digest, vector_hash(total), time.time(),
@@ -289,7 +259,7 @@ class Rounds:
             return None
         live = LiveAttempt.restore(self.terms, self.store, row)
         if live.session.phase is Phase.RESULT:
-            total = np.fromfile(self.store.vector_path(self.store.rounds()[-1].sum_hash), dtype=WORD)
+            total = np.fromfile(self.store.blobs.vector_path(self.store.rounds()[-1].sum_hash), dtype=WORD)
             live.session.compute_result(total, self._model(live.opening.ad.model))
             live.restore_results()
         self._say(f"{self._name(live)}: going on at stage {live.session.phase.name.lower()}")
@@ -325,7 +295,7 @@ class Rounds:
         return done[-1].round + 1 if done else 1
 
     def _model(self, digest: bytes) -> AdapterState:
-        data = self.store.model(digest)
+        data = self.store.blobs.model(digest)
         if data is None:
             raise DataError(f"the model {digest.hex()} is missing from the aggregator's state; restore the folder")
         return AdapterState.from_safetensors(data, self.terms.layout, digest.hex())
@@ -344,7 +314,7 @@ class Rounds:
     def _end(self, live: LiveAttempt, reason: str) -> None:
         self.store.end_attempt(live.row.number, reason)
         if reason != "done":
-            self._note(live, None, reason)
+            self._note(live, "ended", None, reason)
             self._say(f"{self._name(live)} ended: {reason}")
         self._set_live(None)
 
@@ -354,7 +324,7 @@ class Rounds:
         self.notify()
 
     def _halt(self, live: LiveAttempt, reason: str, void: bytes | None) -> None:
-        self._note(live, None, reason)
+        self._note(live, "halted", None, reason)
         self.store.halt(reason, void)
         raise HaltedError(reason)
 
@@ -364,30 +334,14 @@ class Rounds:
 
     def _note_missing(self, live: LiveAttempt, seconds: float) -> None:
         for silo in sorted(live.session.missing()):
-            self._note(live, silo, f"no answer within {seconds:.0f} s")
+            self._note(live, "dropped", silo, f"no answer within {seconds:.0f} s")
 
-    def _note(self, live: LiveAttempt, silo: str | None, reason: str) -> None:
+    def _note(self, live: LiveAttempt, kind: str, silo: str | None, reason: str) -> None:
         stage = live.session.phase.name.lower()
-        self.store.add_event(Event(time.time(), live.row.round, live.row.number, silo, stage, reason))
+        self.store.add_event(Event(time.time(), kind, live.row.round, live.row.number, silo, stage, reason))
 
 
 def _listed(names: list[str]) -> str:
     """Names for a sentence that travels to a silo: with 255 silos not all of them."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-
-
-def excluded(complaints: Iterable[tuple[str, str]], silos: tuple[str, ...], floor: int) -> set[str]:
-    """Whom complaints (accuser, accused), in the order they came, keep out of further attempts at a round.
-
-    A first complaint keeps out both, since nobody can tell who lies; where that would leave too few,
-    and from an accuser's second complaint on, only the accuser: a liar cannot empty the round.
-    """
-    out: set[str] = set()
-    accusers: set[str] = set()
-    for accuser, accused in complaints:
-        both = out | {accuser, accused}
-        first = accuser not in accusers and len(silos) - len(both) >= floor
-        out = both if first else out | {accuser}
-        accusers.add(accuser)
-    return out

@@ -36,6 +36,7 @@ async def serve(home: Home, host: str, port: int, say: Callable[[str], None], st
     authority = load_authority(home.authority_folder)
     context = server_context(home.server_certificate, home.server_key, home.authority_certificate)
     store = home.store()
+    lock = store.lock()
     server = Server(store, authority, plan.federation)
     # A compressed body could unpack to more than its limit.
     runner = web.AppRunner(make_app(server), access_log=None, shutdown_timeout=2, auto_decompress=False)
@@ -65,6 +66,7 @@ async def serve(home: Home, host: str, port: int, say: Callable[[str], None], st
             server.rounds.release()
         await runner.cleanup()
         store.close()
+        lock.close()
 
 
 async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
@@ -78,10 +80,10 @@ async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
     key = SigningKey.load(home.signing_key)
     if dict(roster.members)["aggregator"] != key.public_bytes:
         raise TrustError(f"{home.signing_key}: is not the key that the roster pins; restore it")
-    initial = server.store.file(bytes.fromhex(contract.lock.initial_file))
+    initial = server.store.blobs.file(bytes.fromhex(contract.lock.initial_file))
     if initial is None:
         raise TrustError("the initial adapter is missing from the store; restore the state folder")
-    server.store.save_model(terms.initial_model, initial)
+    server.store.blobs.save_model(terms.initial_model, initial)
     server.rounds = Rounds(server.store, terms, key, contract.plan.deadlines, say)
     say(
         f"roster of {len(roster.silos)} silos; a round needs {terms.floor}, "

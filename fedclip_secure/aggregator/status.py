@@ -113,7 +113,7 @@ def _silos(store: Store, now: float, training_rounds: int) -> list[SiloStatus]:
 
 
 def _drops(events: list[Event], silo: str) -> dict[str, int]:
-    return dict(Counter(event.stage for event in events if event.silo == silo and event.stage is not None))
+    return dict(Counter(event.stage for event in events if event.silo == silo and event.kind == "dropped"))
 
 
 def _round(row: RoundRow) -> dict[str, Any]:

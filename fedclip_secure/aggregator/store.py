@@ -1,21 +1,22 @@
 """Everything that the aggregator must still know after a power cut: all of its SQL.
 
 SQLite in WAL mode with synchronous=FULL: when a method returns, what it wrote is on the disk.
-Vectors and models are files named by their SHA-256 or digest, beside the database.
+Vectors and models are files beside the database: `blobs`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
+from fedclip_secure.aggregator.blobs import Blobs
 from fedclip_secure.errors import DataError, ProtocolError, TrustError
-from fedclip_secure.files import sync_folder, write_atomically
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS invitations (
@@ -35,8 +36,8 @@ CREATE TABLE IF NOT EXISTS rounds (
     correct INTEGER NOT NULL, total INTEGER NOT NULL, start_model BLOB NOT NULL, model BLOB NOT NULL,
     sum_hash BLOB NOT NULL, ended_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
-    id INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER, attempt INTEGER, silo TEXT, stage TEXT,
-    reason TEXT NOT NULL);
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    silo TEXT, stage TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS complaints (
     id INTEGER PRIMARY KEY, round INTEGER NOT NULL, accuser TEXT NOT NULL, accused TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS presence (silo TEXT PRIMARY KEY, seen_at REAL NOT NULL);
@@ -85,13 +86,14 @@ class RoundRow:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that a coordinator will want to know: a drop-out, a refusal, an attempt's end."""
+    """Something that a coordinator will want to know."""
 
     at: float
-    round: int | None
-    attempt: int | None
+    kind: str  # dropped, refused, ended, blocked or halted
+    round: int
+    attempt: int
     silo: str | None
-    stage: str | None
+    stage: str
     reason: str
 
 
@@ -100,9 +102,9 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.blobs = Blobs(folder)
         try:
-            for part in ("", "vectors", "models", "files"):
-                (folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.blobs.make_folders()
             self._sql = sqlite3.connect(folder / "aggregator.sqlite", timeout=30, isolation_level=None)
             self._sql.execute("PRAGMA journal_mode=WAL")
             self._sql.execute("PRAGMA synchronous=FULL")
@@ -110,6 +112,20 @@ class Store:
             self._sql.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise DataError(f"{folder}: cannot be used as the aggregator's state ({error})") from error
+
+    def lock(self) -> TextIO:
+        """Keep other servers off this state while the file that is returned is open.
+
+        Raises:
+            DataError: another server runs on it.
+        """
+        file = (self._folder / "serve.lock").open("w", encoding="ascii")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise DataError(f"{self._folder}: another `fedclip-agg serve` runs on it; stop that one first") from error
+        return file
 
     def close(self) -> None:
         """Close the database."""
@@ -219,7 +235,7 @@ class Store:
             sql.execute("DELETE FROM messages WHERE attempt = ? AND phase < 5", (attempt,))
         self._sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was overwritten, until it is cut
         for vector in vectors:
-            self.vector_path(vector).unlink(missing_ok=True)
+            self.blobs.vector_path(vector).unlink(missing_ok=True)
 
     def known(self, attempt: int, phase: int, silo: str, received: bytes) -> bool:
         """Whether this very message was acknowledged before.
@@ -260,7 +276,7 @@ class Store:
             sql.execute("UPDATE attempts SET closed = closed + 1 WHERE number = ?", (row.attempt,))
         for earlier in self.rounds()[:-1]:  # who was away then takes the model, not the sum
             if earlier.sum_hash != row.sum_hash:
-                self.vector_path(earlier.sum_hash).unlink(missing_ok=True)
+                self.blobs.vector_path(earlier.sum_hash).unlink(missing_ok=True)
 
     def rounds(self) -> list[RoundRow]:
         """All finished rounds."""
@@ -295,13 +311,13 @@ class Store:
         """Note an event."""
         with self._transaction() as sql:
             sql.execute(
-                "INSERT INTO events (at, round, attempt, silo, stage, reason) VALUES (?, ?, ?, ?, ?, ?)",
-                (event.at, event.round, event.attempt, event.silo, event.stage, event.reason),
+                "INSERT INTO events (at, kind, round, attempt, silo, stage, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (event.at, event.kind, event.round, event.attempt, event.silo, event.stage, event.reason),
             )
 
     def events(self) -> list[Event]:
         """All events, oldest first."""
-        query = "SELECT at, round, attempt, silo, stage, reason FROM events ORDER BY id"
+        query = "SELECT at, kind, round, attempt, silo, stage, reason FROM events ORDER BY id"
         return [Event(*row) for row in self._sql.execute(query)]
 
     def seen(self, silo: str, now: float) -> None:
@@ -313,46 +329,7 @@ class Store:
         """When each silo was last heard of."""
         return dict(self._sql.execute("SELECT silo, seen_at FROM presence").fetchall())
 
-    # Files
-
-    def vector_path(self, sha256: bytes) -> Path:
-        """Where a masked vector or a sum lies."""
-        return self._folder / "vectors" / f"{sha256.hex()}.words"
-
-    def save_vector(self, sha256: bytes, data: memoryview) -> None:
-        """Keep a sum."""
-        write_atomically(self.vector_path(sha256), data.cast("B"))
-
-    def sync_vectors(self) -> None:
-        """Put the names of vectors that have arrived on the disk."""
-        sync_folder(self._folder / "vectors")
-
-    def new_vector_path(self) -> Path:
-        """A name for a vector that is still arriving."""
-        return self._folder / "vectors" / f"{os.urandom(16).hex()}.part"
-
-    def clear_unfinished(self) -> None:
-        """Remove what was arriving, or was about to be removed, when the server stopped."""
-        wanted = {self.vector_path(row.sum_hash) for row in self.rounds()[-1:]}
+    def vectors_wanted(self) -> set[bytes]:
+        """SHA-256 of the vectors that a running attempt or the last round still needs."""
         bodies = self._sql.execute("SELECT body FROM messages WHERE phase = 2")
-        wanted |= {self.vector_path(body[:32]) for (body,) in bodies}
-        for path in set((self._folder / "vectors").iterdir()) - wanted:
-            path.unlink()
-
-    def save_model(self, digest: bytes, data: bytes) -> None:
-        """Keep a model as safetensors."""
-        write_atomically(self._folder / "models" / f"{digest.hex()}.safetensors", data)
-
-    def save_file(self, data: bytes) -> None:
-        """Keep a file that the lock names by its SHA-256."""
-        write_atomically(self._folder / "files" / hashlib.sha256(data).hexdigest(), data)
-
-    def file(self, sha256: bytes) -> bytes | None:
-        """A file that the lock names, or None."""
-        path = self._folder / "files" / sha256.hex()
-        return path.read_bytes() if path.is_file() else None
-
-    def model(self, digest: bytes) -> bytes | None:
-        """A model as safetensors, or None."""
-        path = self._folder / "models" / f"{digest.hex()}.safetensors"
-        return path.read_bytes() if path.is_file() else None
+        return {row.sum_hash for row in self.rounds()[-1:]} | {body[:32] for (body,) in bodies}

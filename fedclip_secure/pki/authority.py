@@ -65,9 +65,7 @@ class Authority:
             ConfigError: no host, or one that is neither a DNS name nor an IP address.
             TrustError: the authority itself has expired.
         """
-        if not hosts:
-            raise ConfigError("a server's certificate needs at least one host; give the name that silos connect to")
-        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        names = server_names(hosts)
         key = ec.generate_private_key(ec.SECP256R1())
         builder = self._leaf(AGGREGATOR, key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH)
         return key, builder.add_extension(names, critical=False).sign(self.key, hashes.SHA256())
@@ -179,6 +177,17 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def server_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    """The names of a server's certificate.
+
+    Raises:
+        ConfigError: no host, or one that is neither a DNS name nor an IP address.
+    """
+    if not hosts:
+        raise ConfigError("a server's certificate needs at least one host; give the name that silos connect to")
+    return x509.SubjectAlternativeName([_general_name(host) for host in hosts])
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -149,6 +149,10 @@ class AggregatorSession:
             raise ProtocolError("result", f"{sender} computed another result from the same sum", silo=sender)
         self.results[sender] = result
 
+    def take_back(self, phase: Phase, sender: str) -> None:
+        """Forget a message that could not be kept durably."""
+        (self.ads, self.bundles, self.uploads, self.agrees, self.unmasks, self.results)[phase].pop(sender, None)
+
     def close(self) -> None:
         """End the present phase and fix its list.
 

@@ -32,6 +32,7 @@ class Terms:
     roster: Roster
     threshold: int  # t
     floor: int  # fewest silos on any list
+    colluding: int  # c
     rounds: int  # protocol rounds, the closing validation included
     layout: Layout
     vector: VectorLayout
@@ -72,6 +73,7 @@ class Terms:
             roster=roster,
             threshold=t,
             floor=floor,
+            colluding=agreed.colluding,
             rounds=plan.training.rounds + int(counts),
             layout=layout,
             vector=VectorLayout(layout.size, counts),

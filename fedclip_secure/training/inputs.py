@@ -61,9 +61,9 @@ def _external_task(contract: Contract, path: Path | None) -> Task:
     lock, classes = contract.lock.encoder, tuple(contract.plan.classes)
     if not isinstance(lock, ExternalEncoder):
         raise ConfigError("federation.lock: its encoder is not the plan's; ask the coordinator to run `prepare` again")
-    if path is None:
+    if path is None or not path.is_file():
         raise ConfigError(
-            "the plan's model is external: its file of text features is needed, as the coordinator sent it"
+            f"{path or 'text features'}: is missing, and the plan's model is external; `fedclip-silo accept` fetches it"
         )
     digest = sha256_of(path)
     if digest != lock.text_features_sha256:

@@ -6,6 +6,7 @@ import hashlib
 import sqlite3
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from fedclip_secure import canonical
 from fedclip_secure.aggregator.attempt import LiveAttempt
-from fedclip_secure.aggregator.rounds import Rounds, excluded
+from fedclip_secure.aggregator.complaints import excluded
+from fedclip_secure.aggregator.rounds import Rounds
 from fedclip_secure.aggregator.store import Member, RoundRow, Store
 from fedclip_secure.config.plan import Deadlines
 from fedclip_secure.errors import DataError, ProtocolError
@@ -56,21 +58,21 @@ def test_the_secrets_of_an_attempt_that_is_over_stand_in_no_file_not_even_in_the
 def test_vectors_that_a_crash_left_behind_are_removed_and_those_in_use_are_kept(tmp_path: Path) -> None:
     store = opened(tmp_path)
     for part in (b"kept", b"sum", b"left"):
-        store.save_vector(hashlib.sha256(part).digest(), memoryview(part))
-    store.new_vector_path().write_bytes(b"half")
+        store.blobs.save_vector(hashlib.sha256(part).digest(), memoryview(part))
+    store.blobs.new_vector_path().write_bytes(b"half")
     store.add_message(1, Phase.UPLOAD, "lab-a", hashlib.sha256(b"kept").digest() + b"header", b"r" * 32)
     store.end_round(RoundRow(1, 1, ("lab-a",), 1, 0, 0, b"", b"", hashlib.sha256(b"sum").digest(), 0.0))
-    store.clear_unfinished()
+    store.blobs.keep_vectors(store.vectors_wanted())
     assert {path.read_bytes() for path in (tmp_path / "vectors").iterdir()} == {b"kept", b"sum"}
     store.close()
 
 
 def test_the_sum_of_two_rounds_that_add_up_alike_is_kept(tmp_path: Path) -> None:
     store, digest = opened(tmp_path), hashlib.sha256(b"sum").digest()
-    store.save_vector(digest, memoryview(b"sum"))
+    store.blobs.save_vector(digest, memoryview(b"sum"))
     for number in (1, 2):
         store.end_round(RoundRow(number, number, ("lab-a",), 1, 0, 0, b"", b"", digest, 0.0))
-    assert store.vector_path(digest).read_bytes() == b"sum"
+    assert store.blobs.vector_path(digest).read_bytes() == b"sum"
     store.close()
 
 
@@ -152,10 +154,23 @@ def test_what_255_silos_are_waited_for_fits_into_an_answer(tmp_path: Path) -> No
         ([("a", "b"), ("a", "b")], {"a", "b"}),
         ([("a", "b"), ("c", "d")], {"a", "b", "c"}),  # both would leave fewer than the floor
         ([("a", "a")], {"a"}),
+        ([("a", "b"), ("c", "b")], {"b"}),  # of two accusers at most one colludes
+        ([("a", "b"), ("c", "b"), ("d", "e")], {"b", "d", "e"}),
     ],
 )
 def test_complaints_leave_out_as_the_protocol_says(complaints: list[tuple[str, str]], out: set[str]) -> None:
-    assert excluded(complaints, ("a", "b", "c", "d", "e", "f", "g"), floor=4) == out
+    federation = Federation(7)
+    silo = dict(zip("abcdefg", federation.silos, strict=True))
+    named = [(silo[accuser], silo[accused]) for accuser, accused in complaints]
+    assert excluded(named, replace(federation.terms, floor=4)) == {silo[name] for name in out}
+
+
+def test_a_second_server_on_one_state_folder_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.lock(), pytest.raises(DataError, match="another `fedclip-agg serve` runs"):
+        Store(tmp_path).lock()
+    store.lock().close()
+    store.close()
 
 
 def test_a_later_enrolment_replaces_the_earlier(tmp_path: Path) -> None:

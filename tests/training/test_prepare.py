@@ -135,7 +135,7 @@ def test_external_model_needs_its_own_text_features_and_feature_files(
 ) -> None:
     contract = Contract(external, prepare(external, home).lock)
     settings = silo({"format": "embeddings", "path": str(features)}, tmp_path)
-    with pytest.raises(ConfigError, match="its file of text features is needed"):
+    with pytest.raises(ConfigError, match="text features: is missing"):
         load_inputs(settings, contract, silent)
     with pytest.raises(ModelError, match="not the file that the coordinator locked"):
         load_inputs(settings, contract, silent, features)
