@@ -357,3 +357,28 @@ def test_a_problem_says_nothing_of_the_server_s_folders(tmp_path: Path) -> None:
             assert str(tmp_path) not in str(refusal.value)
 
     with_hands(tmp_path, work)
+
+
+def test_a_silo_has_one_upload_arriving_at_a_time(tmp_path: Path) -> None:
+    site = Site.frozen(tmp_path)
+
+    async def run() -> None:
+        async with site.serving(), hands_of(site) as hands:
+            await move(hands, "key-ads", "bundles")
+            body, go_on = await hands[0].make("uploads"), asyncio.Event()
+
+            async def slow() -> AsyncIterator[bytes]:
+                yield body[:100]
+                await go_on.wait()
+                yield body[100:]
+
+            path = "/v1/attempts/1/uploads"
+            first = asyncio.create_task(hands[0].client.put_stream(path, slow, len(body)))
+            await until(lambda: any((site.state / "vectors").glob("*.part")))
+            async with site.client(hands[0].name) as other:
+                again = Hand(site, hands[0].name, other, hands[0].session)
+                assert await again.refused("uploads", body) == (503, "busy")
+            go_on.set()
+            assert (await first).status == 204
+
+    asyncio.run(run())
