@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,17 @@ from fedclip_secure.silo.pins import load_accepted
 from fedclip_secure.silo.runner import Runner
 
 PAUSED = "paused"
-_dump = Path(sys.argv[2])
-_pause_from = int(sys.argv[4]) if len(sys.argv) > 4 else 2**31
+
+
+@dataclass
+class Orders:
+    """What `main` was told."""
+
+    dump: Path = Path()
+    pause_from: int = 2**31  # attempt
+
+
+ORDERS = Orders()
 
 
 class ProbedRunner(Runner):
@@ -44,7 +54,7 @@ class ProbedRunner(Runner):
         self._trainer.train = remembering  # type: ignore[method-assign]
         record = super()._make_record(round_number, old)
         self._trainer.train = train_once  # type: ignore[method-assign]
-        np.savez(_dump / f"round-{round_number}.npz", update=updates[-1], old=old.vector, integers=record.vector)
+        np.savez(ORDERS.dump / f"round-{round_number}.npz", update=updates[-1], old=old.vector, integers=record.vector)
         return record
 
 
@@ -52,20 +62,23 @@ class ProbedLink(Link):
     """Keeps the sums that the server sends; hangs before an upload when told to."""
 
     async def send_upload(self, attempt: int, pieces: Iterable[bytes]) -> None:
-        if attempt >= _pause_from:
-            (_dump / PAUSED).write_text(str(attempt))
+        if attempt >= ORDERS.pause_from:
+            (ORDERS.dump / PAUSED).write_text(str(attempt))
             await asyncio.sleep(3600)
         await super().send_upload(attempt, pieces)
 
     async def sum(self, attempt: int, terms: Terms) -> Words:
         words = await super().sum(attempt, terms)
-        np.save(_dump / f"sum-{attempt}.npy", words)
+        np.save(ORDERS.dump / f"sum-{attempt}.npy", words)
         return words
 
 
-def main() -> None:
+def main(config_path: str, dump: str, *pause: str) -> None:
+    ORDERS.dump = Path(dump)
+    if pause:
+        ORDERS.pause_from = int(pause[1])
     vars(train).update(Runner=ProbedRunner, Link=ProbedLink)
-    config = read_silo(Path(sys.argv[1]))
+    config = read_silo(Path(config_path))
     identity = Identity.load(Path(config.identity))
     asyncio.run(
         train.take_part(
@@ -80,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
