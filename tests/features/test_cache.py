@@ -4,6 +4,7 @@ import hashlib
 import logging
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -84,20 +85,26 @@ def test_shard_that_is_none_is_set_aside_even_under_its_own_hash(tmp_path: Path,
     assert len(cache.damaged) == 1
 
 
-@pytest.fixture
+@contextmanager
 def tiny_files() -> Iterator[None]:
-    """The system refuses to write more than 400 bytes into a file, as a full disk would."""
+    """The system refuses to write more than 400 bytes into a file, as a full disk would.
+
+    Not a fixture: pytest must be able to write its own output, which may go to a file, before and after.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_is_told_and_earlier_shards_stay(tmp_path: Path, tiny_files: None) -> None:
+def test_full_disk_is_told_and_earlier_shards_stay(tmp_path: Path) -> None:
     cache = fresh(tmp_path)
-    cache.add(KEYS[:1], ROWS[:1])
-    with pytest.raises(DataError, match=r"cannot be written \(.*free space"):
-        cache.add(KEYS * 10, np.tile(ROWS, (10, 1)))
+    with tiny_files():
+        cache.add(KEYS[:1], ROWS[:1])
+        with pytest.raises(DataError, match=r"cannot be written \(.*free space"):
+            cache.add(KEYS * 10, np.tile(ROWS, (10, 1)))
     assert len(fresh(tmp_path)) == len(cache) == 1
     assert [path.suffix for path in shard(tmp_path).parent.iterdir()] == [".safetensors"]
 
