@@ -1,0 +1,125 @@
+"""What the demo is about: its sites with their images, and the plan over them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedclip_secure.data import synthetic
+from fedclip_secure.errors import ConfigError
+from fedclip_secure.files import write_atomically
+from fedclip_secure.names import MIN_SILOS
+
+FEDERATION = "demo"
+UNSEEN = "willow"  # of the drawn labs
+ROUNDS = 20
+KILL_NEEDS = 4  # silos: with three, none may be absent from a round
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a person asked for."""
+
+    out: Path
+    data: Path | None = None  # DIR/<site>/<class>/*; None: drawn labs
+    unseen: str | None = None
+    rounds: int = ROUNDS
+    silos: int | None = None
+    method: str = "fedclip"
+    kill_one: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One lab: `name` as its folder is called, `silo` as the roster calls it."""
+
+    name: str
+    images: Path
+
+    @property
+    def silo(self) -> str:
+        """A name that certificates take."""
+        return re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-")[:63]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """The sites that train, the one that does not, and the classes they share."""
+
+    training: tuple[Site, ...]
+    unseen: Site | None
+    classes: dict[str, str]  # folder: phrase
+    template: str
+
+    def absent(self, site: Site) -> list[str]:
+        """Classes of which a site has no images."""
+        return [kind for kind in self.classes if not any((site.images / kind).glob("[!.]*"))]
+
+
+def set_scene(options: Options) -> Scene:
+    """Draw the labs, or look at the folders of `options.data`.
+
+    Raises:
+        ConfigError: too few sites, or no such site.
+        DataError: the disk refuses.
+    """
+    if options.data is None:
+        folder = options.out / "labs"
+        synthetic.write_labs(folder, options.seed)
+        return _scene(options, folder, options.unseen or UNSEEN, dict(synthetic.CLASSES), "a micrograph of {}")
+    names = {kind.name for site in _folders(options.data) for kind in _folders(site)}
+    classes = {name: name.replace("_", " ") for name in sorted(names)}
+    if len(classes) < 2:
+        raise ConfigError(f"{options.data}: holds no DIR/<site>/<class>/ folders of at least 2 classes")
+    return _scene(options, options.data, options.unseen, classes, "a picture of a {}")
+
+
+def write_plan(path: Path, scene: Scene, options: Options, server: str) -> None:
+    """Write the demo's `federation.yaml`."""
+    plan: dict[str, Any] = {
+        "federation": FEDERATION,
+        "server": server,
+        "model": {"name": "fedclip-tiny", "pretrained": "shipped"},
+        "classes": scene.classes,
+        "templates": [scene.template],
+        "splits": {"train": 0.6, "validation": 0.2, "test": 0.2},
+        "method": {"name": options.method},
+        "training": {
+            "rounds": options.rounds,
+            "local_epochs": 1,
+            "batch_size": 32,
+            "optimizer": {"name": "adam", "lr": 1e-3},
+            "seed": options.seed,
+        },
+        "secure_aggregation": {"coordinate_clip": 0.1, "max_weight": 10_000},
+        "deadlines": {"join": "15s", "share": "15s", "upload": "15s", "agree": "15s", "unmask": "15s"},
+    }
+    write_atomically(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True).encode())
+
+
+def _scene(options: Options, folder: Path, unseen: str | None, classes: dict[str, str], template: str) -> Scene:
+    sites = [Site(path.name, path.resolve()) for path in _folders(folder)]
+    names = [site.name for site in sites]
+    if unseen is not None and unseen not in names:
+        raise ConfigError(f"--unseen {unseen}: there is no such site; {folder} holds {', '.join(names) or 'none'}")
+    training = [site for site in sites if site.name != unseen][: options.silos]
+    least = KILL_NEEDS if options.kill_one else MIN_SILOS
+    if len(training) < max(least, options.silos or 0):
+        raise ConfigError(
+            f"{len(training)} site(s) of {folder} would train; {max(least, options.silos or 0)} are needed"
+            + (" to kill one" if options.kill_one else "")
+        )
+    if len({site.silo for site in training}) != len(training):
+        raise ConfigError(f"{folder}: two sites would get the same name in a certificate; rename one")
+    return Scene(tuple(training), next((s for s in sites if s.name == unseen), None), classes, template)
+
+
+def _folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is not a folder")
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
