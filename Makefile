@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # The environment is made anew when pyproject.toml changes, and only then.
 STAMP := $(VENV)/.made-for-$(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(open('pyproject.toml', 'rb').read()).hexdigest()[:16])")
 
-.PHONY: test check test-long bench
+.PHONY: demo test check test-long bench
+
+demo: $(STAMP)
+	$(BIN)/fedclip-agg demo
 
 test: $(STAMP)
 	$(BIN)/pytest

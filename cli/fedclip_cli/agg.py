@@ -8,12 +8,14 @@ import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
 from rich.table import Table
 
-from fedclip_cli.console import FOLDER, Group, out, run, say
+from fedclip_cli.console import FOLDER, Group, ending_in_order, out, run, say
+from fedclip_cli.demo import print_demo, run_progress
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.status import RunStatus, read_status
 from fedclip_secure.config.fields import parse_duration, parse_name
@@ -60,6 +62,7 @@ def prepare(folder: Path) -> None:
 
     home = Home(folder)
     plan = home.plan()
+    home.check_not_frozen()
     prepared = resolve(plan, folder)
     write_atomically(home.initial_path, prepared.initial_file)
     write_lock(home.lock_path, prepared.lock)
@@ -125,7 +128,7 @@ def serve(folder: Path, listen: str | None) -> None:
         await start(home, host, port, say, stop)
 
     run(forever())
-    say("stopped; the run goes on with `fedclip-agg serve`")
+    say("stopped; what was under way goes on with `fedclip-agg serve`")
 
 
 @main.command(epilog="Example: fedclip-agg status --dir lung-xray --json")
@@ -140,18 +143,55 @@ def status(folder: Path, as_json: bool) -> None:
         _print_status(state)
 
 
+@main.command(epilog="Example: fedclip-agg demo --data DIR --unseen sketch --rounds 3")
+@click.option("--data", type=FOLDER, help="Images of your own: DIR/<site>/<class>/*. Default: labs drawn on the spot.")
+@click.option("--unseen", help="A site that never trains, to measure generalisation. Drawn labs: willow.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option(
+    "--silos", type=click.IntRange(3, 50), help="How many of the sites train. Default: all but the unseen one."
+)
+@click.option("--method", default="fedclip", show_default=True, help="How the adapter is built and trained.")
+@click.option("--kill-one", is_flag=True, help="SIGKILL one silo in the middle of a round; needs four that train.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Drawings and first weights."
+)
+@click.option("--out", "folder", type=FOLDER, help="A new folder for everything; default: fedclip-demo/<time>.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object.")
+def demo(folder: Path | None, as_json: bool, **chosen: Any) -> None:
+    """Run a whole federation here: a coordinator and its silos as processes, real certificates, real TLS.
+
+    Needs `fedclip-secure[silo]` (torch).
+    """
+    from fedclip_secure.demo.conduct import Telling, conduct
+    from fedclip_secure.demo.scene import Options
+
+    folder = folder or Path("fedclip-demo", time.strftime("%Y%m%d-%H%M%S"))
+    with ending_in_order(), run_progress(quiet=as_json) as show:
+        outcome = conduct(Options(out=folder, **chosen), Telling((lambda _: None) if as_json else say, show))
+    if as_json:
+        click.echo(json.dumps(outcome.as_json()))
+    else:
+        print_demo(outcome, folder)
+
+
 def _print_status(state: RunStatus) -> None:
     stage = f", attempt {state.attempt} at stage {state.stage}" if state.stage else ""
     reason = f": {state.reason}" if state.reason else ""
     out.print(f"{state.federation}: {state.state}{reason}", markup=False)
+    if state.state in ("running", "frozen") and not state.serving:
+        out.print("no server is running; `fedclip-agg serve` goes on from here")
     if state.round:
         done = len([row for row in state.finished_rounds if row["round"] <= state.rounds])
-        out.print(f"round {state.round}{stage}; {done} of {state.rounds} training rounds averaged", markup=False)
+        now = f"round {state.round}{stage}; " if state.stage else ""
+        out.print(f"{now}{done} of {state.rounds} training rounds averaged", markup=False)
     if state.answered:
         out.print(f"answered: {', '.join(state.answered)}", markup=False)
     if state.floor is not None:
         out.print(f"a round needs {state.floor} silos; {state.absent_tolerated} may be absent", markup=False)
-    table = Table("silo", "enrolled", "last seen", "averaged", "dropped at", "certificate ends", box=None)
+    if not state.silos:
+        out.print("no silo was invited yet; `fedclip-agg invite SILO` makes a token")
+        return
+    table = Table("silo", "enrolled", "last seen", "averaged", "missed", "dropped at", "valid until", box=None)
     for silo in state.silos:
         drops = ", ".join(f"{stage} x{count}" for stage, count in silo.dropped.items()) or "-"
         table.add_row(
@@ -159,12 +199,15 @@ def _print_status(state: RunStatus) -> None:
             "yes" if silo.enrolled else "invited",
             _ago(silo.last_seen),
             str(silo.rounds_averaged),
+            str(silo.rounds_missed),
             drops,
-            _date(silo.certificate_ends),
+            _date(silo.certificate_ends)[:10],
         )
     out.print(table)
     for event in state.events[-5:]:
-        out.print(f"{_date(event['at'])} round {event['round']} {event['silo'] or ''} {event['reason']}", markup=False)
+        who = f"{event['silo']}: " if event["silo"] else ""
+        where = f"{_date(event['at'])}, round {event['round']}, {event['stage']}"
+        out.print(f"{where}: {who}{event['reason']}", markup=False)
 
 
 def _ago(then: float | None) -> str:
@@ -172,7 +215,7 @@ def _ago(then: float | None) -> str:
 
 
 def _date(then: float | None) -> str:
-    return "-" if then is None else datetime.fromtimestamp(then, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return "-" if then is None else datetime.fromtimestamp(then, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _address(listen: str | None, server: str) -> tuple[str, int]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from fedclip_secure.config.fields import CONTROL
 from fedclip_secure.errors import FedClipError
+from fedclip_secure.features.progress import Progress, ShowProgress
 
 T = TypeVar("T")
-ProgressCallback = Callable[[int, int], None]  # done, total
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -56,8 +59,24 @@ class Group(click.Group):
 
 def say(text: str) -> None:
     """One line of progress, with the time."""
-    out.print(f"[dim]{time.strftime('%H:%M:%S')}[/] ", end="")
+    out.print(f"[dim]{time.strftime('%m-%d %H:%M:%S')}[/] ", end="")
     out.print(printable(text), markup=False)
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Turn the signals that end a program into KeyboardInterrupt, so that what it started ends with it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def printable(text: str) -> str:
@@ -81,10 +100,10 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 @contextlib.contextmanager
-def image_progress(*, quiet: bool = False) -> Iterator[ProgressCallback]:
+def image_progress(*, quiet: bool = False) -> Iterator[ShowProgress]:
     """A bar on a terminal; elsewhere a line every ten seconds; `quiet`: nothing."""
     if quiet:
-        yield lambda _done, _total: None
+        yield lambda _: None
     elif out.is_terminal:
         with _bar() as callback:
             yield callback
@@ -93,13 +112,13 @@ def image_progress(*, quiet: bool = False) -> Iterator[ProgressCallback]:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[ProgressCallback]:
-    columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as progress:
-        task = progress.add_task("extracting", total=None)
+def _bar() -> Iterator[ShowProgress]:
+    columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    with Bar(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("extracting", total=None, speed="")
 
-        def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+        def update(progress: Progress) -> None:
+            bar.update(task, completed=progress.done, total=progress.total, speed=", ".join(_speed(progress)))
 
         yield update
 
@@ -110,10 +129,22 @@ class _Lines:
     def __init__(self) -> None:
         self._next = time.monotonic() + 10
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, progress: Progress) -> None:
         if time.monotonic() >= self._next:
-            self._next += 10
-            say(f"extracted {done} of {total} images")
+            self._next = time.monotonic() + 10
+            say(", ".join([f"extracted {progress.done} of {progress.total} images", *_speed(progress)]))
+
+
+def _speed(progress: Progress) -> list[str]:
+    """`8.9 images/s`, `0:01:39 left`, `2 broken`, as far as it is known."""
+    parts = []
+    if progress.images_per_second is not None:
+        parts.append(f"{progress.images_per_second:.1f} images/s")
+    if progress.seconds_left is not None:
+        parts.append(f"{timedelta(seconds=round(progress.seconds_left))} left")
+    if progress.broken:
+        parts.append(f"{progress.broken} broken")
+    return parts
 
 
 FOLDER = click.Path(file_okay=False, path_type=Path)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedclip_cli.console import FILE, Group, image_progress, out, run, say, waiting
+from fedclip_cli.console import FILE, Group, err, image_progress, out, printable, run, say, waiting
+from fedclip_cli.evaluation import KINDS, Measured, evaluation_json, print_evaluation
 from fedclip_secure.config.lock import ExternalEncoder
-from fedclip_secure.config.silo import SiloConfig, read_silo, write_silo
-from fedclip_secure.errors import ConfigError, TrustError
+from fedclip_secure.config.silo import Precision, SiloConfig, for_extraction, read_silo, write_silo
+from fedclip_secure.errors import ConfigError, DataError, TrustError
+from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import spki_sha256
@@ -26,8 +28,6 @@ from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.enrolment import enroll as get_certificate
 
 if TYPE_CHECKING:  # these load torch
-    from fedclip_secure.data.dataset import Counts
-    from fedclip_secure.training.evaluate import Evaluation
     from fedclip_secure.training.inputs import Inputs
 
 _QUESTION = "Do the fingerprints match what you were told, and do you take part on these terms?"
@@ -91,14 +91,25 @@ def accept(path: Path, yes: bool) -> None:
     out.print(f"pinned in {path}. next: `fedclip-silo extract`, then `fedclip-silo train`", markup=False)
 
 
-@main.command(epilog="Example: fedclip-silo extract")
+@main.command(epilog="Example: fedclip-silo extract --precision bf16")
 @_CONFIG
-def extract(path: Path) -> None:
-    """Turn this silo's images into cached CLIP features. A second run does only what is new."""
+@click.option(
+    "--precision", type=click.Choice(get_args(Precision)), help="The encoder's, in place of silo.yaml's `precision`."
+)
+@click.option("--strict", is_flag=True, help="Refuse broken images; without it they are named and left out.")
+@click.option("--verify", is_flag=True, help="Read every image again, also those of unchanged size and time.")
+def extract(path: Path, precision: Precision | None, strict: bool, verify: bool) -> None:
+    """Turn this silo's images into cached CLIP features. A second run does only what is new.
+
+    It may be stopped or killed at any time, and goes on from there.
+    """
     config = read_silo(path)
-    inputs = _load(config, load_accepted(config))
+    wanted = for_extraction(config, precision, strict)
+    inputs = _load(wanted, load_accepted(config), verify=verify)
     sizes = ", ".join(f"{name} {len(part)}" for name, part in inputs.splits.items())
     out.print(f"features ready: {sizes}", markup=False)
+    if wanted.precision != config.precision:
+        out.print(f"to train on them set `precision: {wanted.precision}` in {path}", markup=False)
 
 
 @main.command(epilog="Example: fedclip-silo train")
@@ -119,28 +130,74 @@ def train(path: Path) -> None:
     out.print("next: `fedclip-silo evaluate`")
 
 
-@main.command(epilog="Example: fedclip-silo evaluate --adapter best --json")
+@main.command(epilog="Example: fedclip-silo evaluate --split validation --json")
 @_CONFIG
-@click.option("--adapter", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option("--adapter", type=click.Choice(KINDS), help="Only this one of the two.  [default: both]")
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def evaluate(path: Path, adapter: str, split: str, as_json: bool) -> None:
-    """Accuracy of the global adapter on this silo's own records, class by class, next to zero-shot."""
+def evaluate(path: Path, adapter: str | None, split: str, as_json: bool) -> None:
+    """Accuracy of the global adapter on this silo's own records, class by class, next to zero-shot.
+
+    Draws each adapter's confusion matrix to evaluation/SPLIT-ADAPTER.svg in the workdir.
+    """
     from fedclip_secure.features.encoder import choose_device
-    from fedclip_secure.silo.outcome import adapter_folder, load_adapter
+    from fedclip_secure.silo.outcome import adapter_folder, load_adapter, read_round
     from fedclip_secure.training.evaluate import evaluate as measure
+    from fedclip_secure.training.plots import save_confusion
+
+    config = read_silo(path)
+    accepted = load_accepted(config)
+    terms = Terms.of(accepted.contract, accepted.roster)
+    folder = adapter_folder(Path(config.workdir))
+    files = {kind: folder / f"{kind}.safetensors" for kind in ([adapter] if adapter else KINDS)}
+    states = {kind: load_adapter(file, terms) for kind, file in files.items()}
+    rounds = {kind: read_round(file) for kind, file in files.items()}
+    inputs = _load(config, accepted, quiet=as_json)
+    records, device = inputs.splits[split], choose_device(config.device)
+    results = []
+    for kind, state in states.items():
+        result = measure(accepted.contract.plan, inputs.task, records, state, device)
+        plot = Path(config.workdir, "evaluation", f"{split}-{kind}.svg")
+        save_confusion(plot, result, f"{kind} adapter (after round {rounds[kind]}), {split} split")
+        results.append(Measured(kind, rounds[kind], result, plot))
+    if as_json:
+        click.echo(json.dumps(evaluation_json(split, results)))
+    else:
+        print_evaluation(split, results)
+
+
+@main.command(epilog="Example: fedclip-silo predict scans/ --output predictions.csv")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_CONFIG
+@click.option("--adapter", type=click.Choice(KINDS), default="best", show_default=True)
+@click.option("--output", type=click.Path(allow_dash=True), default="-", show_default=True, help="A CSV file, or -.")
+@click.option("--strict", is_flag=True, help="Exit with 1 where an image cannot be used.")
+def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, strict: bool) -> None:
+    """Classify images, and those in folders at any depth: a CSV row each, a column for each class.
+
+    Images that cannot be used are left out and named on standard error.
+    """
+    from fedclip_secure.silo.outcome import adapter_folder, load_adapter
+    from fedclip_secure.training.predict import find_images, to_csv
+    from fedclip_secure.training.predict import predict as classify
 
     config = read_silo(path)
     accepted = load_accepted(config)
     terms = Terms.of(accepted.contract, accepted.roster)
     state = load_adapter(adapter_folder(Path(config.workdir)) / f"{adapter}.safetensors", terms)
-    inputs = _load(config, accepted, quiet=as_json)
-    device = choose_device(config.device)
-    result = measure(accepted.contract.plan, inputs.task, inputs.splits[split], state, device)
-    if as_json:
-        click.echo(json.dumps(_evaluation_json(adapter, split, result)))
+    with image_progress(quiet=output == "-") as progress:
+        found = classify(config, accepted.contract, state, find_images(paths), progress)
+    if output == "-":
+        click.echo(to_csv(found), nl=False)
     else:
-        _print_evaluation(adapter, split, result)
+        write_atomically(Path(output), to_csv(found))
+        out.print(f"{len(found.paths)} prediction(s) in {output}", markup=False)
+    if found.broken:
+        listed = "".join(f"\n  {image.reason}" for image in found.broken)
+        said = f"{len(found.broken)} image(s) cannot be used and were left out:{listed}"
+        if strict:
+            raise DataError(f"{said}\nreplace them, or leave out --strict")
+        err.print(printable(said), markup=False)
 
 
 async def _fetch_offer(identity: Identity) -> tuple[Accepted, bytes | None]:
@@ -154,11 +211,11 @@ async def _fetch_offer(identity: Identity) -> tuple[Accepted, bytes | None]:
         return offer, None
 
 
-def _load(config: SiloConfig, accepted: Accepted, *, quiet: bool = False) -> Inputs:
+def _load(config: SiloConfig, accepted: Accepted, *, quiet: bool = False, verify: bool = False) -> Inputs:
     from fedclip_secure.training.inputs import load_inputs
 
     with image_progress(quiet=quiet) as progress:
-        return load_inputs(config, accepted.contract, progress, text_features_path(config))
+        return load_inputs(config, accepted.contract, progress, text_features_path(config), verify=verify)
 
 
 def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
@@ -172,11 +229,16 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
         "method": f"{plan.method.name}, loss {plan.method.loss}; {terms.layout.size:,} parameters travel",
         "training": f"{plan.training.rounds} rounds of {plan.training.local_epochs} epoch(s), "
         f"batch {plan.training.batch_size}, {plan.training.optimizer.name}, lr {plan.training.optimizer.lr:g}",
-        "weights": plan.secure_aggregation.weights,
+        "weights": {
+            "masked": f"number of records, at most {terms.grid.max_weight}, inside the masked sum",
+            "equal": "all silos alike",
+            "public": "as the plan lists them",
+        }[plan.secure_aggregation.weights],
+        "splits": f"{plan.splits.train:g} train, {plan.splits.validation:g} validation, {plan.splits.test:g} test",
         "privacy": "none: whoever gets a model may learn about records from it",
-        "a round": f"{terms.floor} to {len(terms.roster.silos)} silos; {terms.threshold} must agree before it opens",
-        "plan": offer.contract.pin,
-        "roster": offer.roster.pin,
+        "a round": f"{terms.floor} to {len(terms.roster.silos)} silos; {terms.threshold} must agree before it opens "
+        f"({plan.secure_aggregation.threshold}, {terms.colluding} colluding)",
+        "one change": f"at most {terms.grid.clip:g} of a parameter in a round",
     }.items():
         table.add_row(key, Text(value))
     out.print(table)
@@ -184,33 +246,4 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
     for name, _ in offer.roster.members:
         fingerprints.add_row(f"{name} (you)" if name == identity.name else name, offer.roster.fingerprint(name))
     out.print(fingerprints)
-
-
-def _print_evaluation(adapter: str, split: str, result: Evaluation) -> None:
-    table = Table("class", "records", "zero-shot", adapter, box=None)
-    for row in result.classes:
-        table.add_row(Text(row.name), str(row.adapter.total), _percent(row.zero_shot), _percent(row.adapter))
-    table.add_row("all", str(result.adapter.total), _percent(result.zero_shot), _percent(result.adapter))
-    out.print(f"accuracy on the {split} split")
-    out.print(table)
-
-
-def _percent(counts: Counts) -> str:
-    return "-" if counts.accuracy is None else f"{100 * counts.accuracy:.1f} %"
-
-
-def _evaluation_json(adapter: str, split: str, result: Evaluation) -> dict[str, object]:
-    return {
-        "adapter": adapter,
-        "split": split,
-        "records": result.adapter.total,
-        "accuracy": {"zero_shot": result.zero_shot.accuracy, "federated": result.adapter.accuracy},
-        "classes": {
-            row.name: {
-                "records": row.adapter.total,
-                "zero_shot": row.zero_shot.accuracy,
-                "federated": row.adapter.accuracy,
-            }
-            for row in result.classes
-        },
-    }
+    out.print(f"roster {offer.roster.pin}\nplan   {offer.contract.pin}", markup=False)

@@ -95,6 +95,21 @@ class Home:
             raise ConfigError(f"{self.plan_path}: has changed since `prepare`; run `fedclip-agg prepare` again")
         return contract
 
+    def check_not_frozen(self) -> None:
+        """Refuse to touch plan or lock once the roster is frozen over them.
+
+        Raises:
+            TrustError: it is.
+        """
+        store = self.store()
+        try:
+            if store.frozen() is not None:
+                raise TrustError(
+                    f"{self.folder}: the roster is frozen over this plan; another plan needs a new federation"
+                )
+        finally:
+            store.close()
+
     def store(self) -> Store:
         """The aggregator's database and files."""
         return Store(self.folder / "state")

@@ -18,6 +18,7 @@ class Presence:
     store: Store
     seen_at: dict[str, float] = field(default_factory=dict)  # silos that could join
     noted_at: dict[str, float] = field(default_factory=dict)
+    idle: set[str] = field(default_factory=set)  # silos that sit the present model out
 
     def __post_init__(self) -> None:
         """Whoever was there just before a restart is about to come back."""
@@ -29,8 +30,10 @@ class Presence:
         now = time.monotonic()
         if idle:
             self.seen_at.pop(silo, None)
+            self.idle.add(silo)
         else:
             self.seen_at[silo] = now
+            self.idle.discard(silo)
         if now - self.noted_at.get(silo, -_SEEN_EVERY) >= _SEEN_EVERY:
             self.noted_at[silo] = now
             self.store.seen(silo, time.time())

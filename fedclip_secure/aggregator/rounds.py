@@ -121,8 +121,11 @@ class Rounds:
         """
         if self.live is not None and self.live.row.number == number:
             return self.live
+        last = self.store.last_attempt()
         halted = self.store.halted()
-        raise ProtocolError("ended", f"attempt {number} is over" + (f": {halted[0]}" if halted else ""))
+        reason = halted[0] if halted else last.ended if last is not None and last.number == number else None
+        why = f": {reason[:_REASON]}" if reason and reason != "done" else ""
+        raise ProtocolError("ended", f"attempt {number} is over{why}")
 
     def left_out(self) -> set[str]:
         """Silos that complaints keep out of this round's attempts."""
@@ -193,9 +196,21 @@ class Rounds:
             return len(session.ads) >= floor and present <= set(session.ads)
 
         if not await self.wait(complete, self._seconds[Phase.JOIN]) and len(session.ads) < floor:
-            self._say(f"{self._name(live)}: {len(session.ads)} joined, {floor} are needed; waiting")
+            self._say(f"{self._name(live)}: {len(session.ads)} joined, {floor} are needed; waiting{self._stuck(live)}")
             await self.wait(lambda: len(session.ads) >= floor, None)
         self._close(live)
+
+    def _stuck(self, live: LiveAttempt) -> str:
+        """A note on silos that cannot join this round any more, where too few others are left."""
+        idle, silos = self.presence.idle, self.terms.roster.silos
+        if len(set(silos) - idle) >= self.terms.floor:
+            return ""
+        reason = (
+            f"{_listed(sorted(idle))} sent an update in this round before a restart and cannot send another; "
+            f"with fewer than {self.terms.floor} silos left the run cannot go on: start a new one"
+        )
+        self._note(live, "blocked", None, reason)
+        return f". {reason}"
 
     async def _collect(self, live: LiveAttempt) -> None:
         """Until all expected have answered, or until the deadline; then the floor decides."""

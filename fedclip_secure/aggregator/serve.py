@@ -76,6 +76,8 @@ async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
     while (frozen := server.store.frozen()) is None:
         await asyncio.sleep(_FREEZE_POLL)
     contract, roster = Contract.decode(frozen[0], "the store"), Roster.decode(frozen[1])
+    if home.plan() != contract.plan:
+        say(f"{home.plan_path} has changed since the freeze; the frozen plan counts, the file does not")
     terms = Terms.of(contract, roster)
     key = SigningKey.load(home.signing_key)
     if dict(roster.members)["aggregator"] != key.public_bytes:
@@ -85,10 +87,8 @@ async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
         raise TrustError("the initial adapter is missing from the store; restore the state folder")
     server.store.blobs.save_model(terms.initial_model, initial)
     server.rounds = Rounds(server.store, terms, key, contract.plan.deadlines, say)
-    say(
-        f"roster of {len(roster.silos)} silos; a round needs {terms.floor}, "
-        f"so {terms.absent_tolerated} may be absent from it"
-    )
+    absent = terms.absent_tolerated or "none"
+    say(f"roster of {len(roster.silos)} silos; a round needs {terms.floor} of them, so {absent} may be absent from it")
     await server.rounds.run()
     if server.rounds.finished:
         say(f"finished: {terms.training_rounds} rounds. The result stays here to be fetched; stop with Ctrl-C")

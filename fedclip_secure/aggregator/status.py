@@ -22,7 +22,8 @@ class SiloStatus:
     enrolled: bool
     certificate_ends: float | None
     last_seen: float | None
-    rounds_averaged: int
+    rounds_averaged: int  # of the plan's training rounds
+    rounds_missed: int
     dropped: dict[str, int]  # stage: how often it did not answer in time
 
 
@@ -31,6 +32,7 @@ class RunStatus:
     """The run as a whole."""
 
     federation: str
+    serving: bool  # whether a server runs on this folder
     state: str  # enrolling, frozen, running, finished or halted
     reason: str
     round: int  # the one going on, or the last
@@ -58,14 +60,17 @@ def read_status(home: Home, now: float) -> RunStatus:
     plan = home.plan()
     store = home.store()
     try:
-        frozen = store.frozen()
-        terms = None if frozen is None else Terms.of(Contract.decode(frozen[0], "the store"), Roster.decode(frozen[1]))
+        frozen, terms = store.frozen(), None
+        if frozen is not None:  # what the file says by now does not count any more
+            contract = Contract.decode(frozen[0], "the store")
+            plan, terms = contract.plan, Terms.of(contract, Roster.decode(frozen[1]))
         state, reason = _state(store, terms)
         last = store.last_attempt()
         running = last is not None and last.ended is None
         stage = Phase(last.closed) if running and last is not None else None
         return RunStatus(
             federation=plan.federation,
+            serving=store.locked(),
             state=state,
             reason=reason,
             round=last.round if last is not None else 0,
@@ -97,15 +102,17 @@ def _state(store: Store, terms: Terms | None) -> tuple[str, str]:
 
 def _silos(store: Store, now: float, training_rounds: int) -> list[SiloStatus]:
     members = {member.silo: member for member in store.members()}
-    invited = dict(store.open_invitations(now))
-    presence, rounds, events = store.presence(), store.rounds(), store.events()
+    invited = {} if store.frozen() else dict(store.open_invitations(now))
+    presence, events = store.presence(), store.events()
+    trained = [row for row in store.rounds() if row.round <= training_rounds]
     return [
         SiloStatus(
             name=name,
             enrolled=name in members,
             certificate_ends=members[name].not_after if name in members else None,
             last_seen=presence.get(name),
-            rounds_averaged=sum(name in row.survivors for row in rounds if row.round <= training_rounds),
+            rounds_averaged=sum(name in row.survivors for row in trained),
+            rounds_missed=sum(name not in row.survivors for row in trained) if name in members else 0,
             dropped=_drops(events, name),
         )
         for name in sorted({*members, *invited})

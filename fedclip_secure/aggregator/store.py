@@ -127,6 +127,14 @@ class Store:
             raise DataError(f"{self._folder}: another `fedclip-agg serve` runs on it; stop that one first") from error
         return file
 
+    def locked(self) -> bool:
+        """Whether a server runs on this state."""
+        try:
+            self.lock().close()
+        except DataError:
+            return True
+        return False
+
     def close(self) -> None:
         """Close the database."""
         self._sql.close()

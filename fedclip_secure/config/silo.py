@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import Field
 
 from fedclip_secure.config.fields import Name, Pin, Strict, Text, read_model
@@ -14,13 +16,27 @@ from fedclip_secure.errors import ConfigError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
+Precision = Literal["fp32", "bf16", "fp16"]  # of the encoder; changes the features a little, so the cache keeps each
+
 
 class FolderData(Strict):
     """Images in one folder per class."""
 
     format: Literal["folder"]
     path: Text
+    patients: Text | None = None  # CSV file of path and patient; None: each image is a unit of its own
     absent_classes: list[str] = Field(default_factory=list)  # classes of the plan that this silo knows it lacks
+    strict: bool = False  # a broken image stops the run; else it is named and left out
+
+
+class ManifestData(Strict):
+    """Images listed in a CSV file of path, label and, where there, patient."""
+
+    format: Literal["manifest"]
+    path: Text
+    root: Text | None = None  # where the paths begin; None: the folder of the CSV file
+    absent_classes: list[str] = Field(default_factory=list)
+    strict: bool = False
 
 
 class EmbeddingsData(Strict):
@@ -30,10 +46,14 @@ class EmbeddingsData(Strict):
     path: Text
 
 
+Data = FolderData | ManifestData | EmbeddingsData
+
+
 class Policy(Strict):
     """The silo's own floors. No plan can lower them."""
 
     min_silos: int = Field(default=MIN_SILOS, ge=MIN_SILOS, le=MAX_SILOS)
+    threshold: Literal["malicious", "honest_but_curious"] = "malicious"  # the weakest that it takes part under
     require_privacy: bool = False
     methods: list[str] | None = None  # None: any method that this version knows
 
@@ -42,11 +62,12 @@ class SiloConfig(Strict):
     """The whole of `silo.yaml`."""
 
     name: Name
-    data: Annotated[FolderData | EmbeddingsData, Field(discriminator="format")]
+    data: Annotated[Data, Field(discriminator="format")]
     identity: Text = "identity"  # folder of key, certificate and authority
     workdir: Text = "work"  # folder of feature cache, accepted contract, journal and adapters
     weights: Text | None = None  # a local copy of the encoder's checkpoint
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Precision = "fp32"
     plan: Pin | None = None  # pinned by `fedclip-silo accept`
     roster: Pin | None = None
     policy: Policy = Policy()
@@ -63,12 +84,40 @@ def read_silo(path: Path) -> SiloConfig:
     config = read_model(path, SiloConfig)
     home = path.resolve().parent
     paths = {
-        "data": config.data.model_copy(update={"path": str(home / config.data.path)}),
-        "identity": str(home / config.identity),
-        "workdir": str(home / config.workdir),
-        "weights": None if config.weights is None else str(home / config.weights),
+        "data": _located(config.data, home),
+        "identity": _absolute(home, config.identity),
+        "workdir": _absolute(home, config.workdir),
+        "weights": None if config.weights is None else _absolute(home, config.weights),
     }
     return config.model_copy(update=paths)
+
+
+def _absolute(home: Path, path: str) -> str:
+    return os.path.normpath(home / path)  # without `..`: it will stand in messages
+
+
+def for_extraction(config: SiloConfig, precision: Precision | None, strict: bool) -> SiloConfig:
+    """`config` with another precision, where one is given, and with `data.strict`, where that is asked for."""
+    data = config.data
+    if strict and not isinstance(data, EmbeddingsData):  # a feature file is refused for any fault as it is
+        data = data.model_copy(update={"strict": True})
+    return config.model_copy(update={"data": data, "precision": precision or config.precision})
+
+
+def _located(data: Data, home: Path) -> Data:
+    keys = ("path", "patients", "root")
+    given = {key: getattr(data, key, None) for key in keys}
+    return data.model_copy(update={key: _absolute(home, value) for key, value in given.items() if value is not None})
+
+
+def write_config(path: Path, config: SiloConfig) -> None:
+    """Write all of `config` as a `silo.yaml`, without comments.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    values = config.model_dump(mode="json", exclude_none=True)
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
 def write_silo(path: Path, name: str, images: str, weights: str | None) -> None:

@@ -13,15 +13,20 @@ from fedclip_secure import canonical
 from fedclip_secure.errors import DataError
 
 Floats = npt.NDArray[np.float32]
+UNLABELLED = -1  # an image whose class is what is asked
 _UNIT_NORM_TOLERANCE = 1e-3  # float32 rounding over some thousand dimensions stays far below
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One labelled image; `label` is the class's place in the plan."""
+    """One image; `label` is the class's place in the plan, or UNLABELLED.
+
+    `unit` (32 bytes) stands for the patient; None where each image is a unit of its own.
+    """
 
     path: Path
     label: int
+    unit: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,17 +2,18 @@
 
 One folder for each encoder digest; in it shards, each a safetensors file with `keys` (N, 32) uint8 -
 SHA-256 of the image files' bytes - and `features` (N, D) float32. A shard is named by the SHA-256 of
-its own bytes, so a bit that flipped on the disk shows.
+its own bytes, so a bit that flipped on the disk shows. In memory there are only the keys and where they lie.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -21,6 +22,7 @@ from fedclip_secure.errors import DataError
 from fedclip_secure.files import write_atomically
 
 _log = logging.getLogger(__name__)
+Keys = npt.NDArray[np.uint8]
 
 
 class FeatureCache:
@@ -36,17 +38,34 @@ class FeatureCache:
     def __init__(self, folder: Path, encoder_digest: bytes, dim: int) -> None:
         self._folder = folder / encoder_digest.hex()
         self._dim = dim
-        self._rows: dict[bytes, Floats] = {}
+        self._shards: list[Path] = []
+        self._places: dict[bytes, tuple[int, int]] = {}  # key: number of its shard, row there
         self.damaged: list[Path] = []
         for path in sorted(self._folder.glob("*.safetensors")):
             self._open(path)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
-    def get(self, keys: Iterable[bytes]) -> dict[bytes, Floats]:
-        """The features (D,) of those `keys` that are cached."""
-        return {key: self._rows[key] for key in keys if key in self._rows}
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def gather(self, keys: Sequence[bytes]) -> Floats:
+        """The features of `keys`, all of which are cached, in their order: (N, D) float32.
+
+        The shards are read and verified one after the other, so there is one of them in memory at a time.
+
+        Raises:
+            DataError: a shard was damaged since the cache was opened.
+        """
+        places = np.array([self._places[key] for key in keys], dtype=np.int64).reshape(-1, 2)
+        order = np.argsort(places[:, 0], kind="stable")
+        found = np.empty((len(keys), self._dim), dtype=np.float32)
+        for part in np.split(order, np.flatnonzero(np.diff(places[order, 0])) + 1):
+            if len(part):
+                path = self._shards[places[part[0], 0]]
+                found[part] = self._features(path)[places[part, 1]]
+        return found
 
     def add(self, keys: Sequence[bytes], features: Floats) -> None:
         """Store `features` (N, D) float32 under `keys`, on the disk before this returns.
@@ -60,26 +79,47 @@ class FeatureCache:
                 f"the lock says ({len(keys)}, {self._dim}) float32; run `fedclip-agg prepare` again"
             )
         if not np.isfinite(features).all():
-            raise DataError("the encoder gave NaN or infinity; its weights are damaged or do not suit this device")
+            raise DataError(
+                "the encoder gave NaN or infinity; its weights are damaged or do not suit this device and "
+                "precision: set `precision: fp32` in silo.yaml"
+            )
         packed = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32)
         data = save({"keys": packed, "features": np.ascontiguousarray(features)})
-        write_atomically(self._folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
-        self._rows.update(zip(keys, features, strict=True))
+        path = self._folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        write_atomically(path, data)
+        self._enter(path, packed)
 
     def _open(self, path: Path) -> None:
+        shard = self._read(path)
+        if shard is not None:
+            self._enter(path, shard[0])
+            return
         try:
-            data = path.read_bytes()
-            shard = self._verified(path, data)
-            if shard is not None:
-                self._rows.update(shard)
-                return
             aside = path.replace(path.with_suffix(".damaged"))
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, or delete the file") from error
+            raise DataError(
+                f"{path}: is damaged and cannot be set aside ({error.strerror}); delete the file"
+            ) from error
         self.damaged.append(aside)
         _log.warning("%s: is damaged and was set aside; its images are encoded again", aside)
 
-    def _verified(self, path: Path, data: bytes) -> dict[bytes, Floats] | None:
+    def _enter(self, path: Path, keys: Keys) -> None:
+        number, packed = len(self._shards), keys.tobytes()
+        self._shards.append(path)
+        self._places.update((packed[32 * row : 32 * row + 32], (number, row)) for row in range(len(keys)))
+
+    def _features(self, path: Path) -> Floats:
+        shard = self._read(path)
+        if shard is None:
+            raise DataError(f"{path}: was damaged while it was in use; run again, and its images are encoded again")
+        return shard[1]
+
+    def _read(self, path: Path) -> tuple[Keys, Floats] | None:
+        """Keys and features of a shard; None where it does not verify."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, or delete the file") from error
         if hashlib.sha256(data).hexdigest() != path.stem:
             return None
         try:
@@ -92,4 +132,4 @@ class FeatureCache:
             return None
         if features.dtype != np.float32 or not np.isfinite(features).all():
             return None
-        return {key.tobytes(): row for key, row in zip(keys, features, strict=True)}
+        return keys, features

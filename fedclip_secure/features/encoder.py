@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fedclip_secure import canonical
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import OpenClipEncoder
 from fedclip_secure.config.plan import OpenClipModel
+from fedclip_secure.config.silo import Precision
 from fedclip_secure.errors import ConfigError, ModelError
 from fedclip_secure.features.checkpoint import (
     check_file,
@@ -30,6 +33,11 @@ from fedclip_secure.features.checkpoint import (
 )
 
 Floats = npt.NDArray[np.float32]
+_log = logging.getLogger(__name__)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_LIMIT = sys.maxsize
+SHIPPED = "fedclip-tiny"  # a small CLIP of our own, in the package: needs no download
+_ASSETS = Path(__file__).parents[1] / "assets" / SHIPPED
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}  # all that open_clip's own configs use
 _DEFAULT_PREPROCESSING = {  # CLIP's own, open_clip's default for weights without a tag
     "mean": list(open_clip.OPENAI_DATASET_MEAN),
@@ -45,17 +53,28 @@ class Encoder:
     Attributes:
         lock: what `federation.lock` says about it.
         window: [low, high] of 16-bit images, from the plan.
+        device: where it computes.
         transform: RGB image -> (3, S, S) float32, open_clip's evaluation preprocessing.
-        digest: 32 bytes over all that decides a feature: weights, config, preprocessing and window.
+        digest: 32 bytes over all that decides a feature: weights, config, preprocessing, window and `precision`.
+
+    `precision` is the image tower's. The text tower stays in fp32: it runs once, and so all silos have one task.
     """
 
     def __init__(
-        self, model: torch.nn.Module, lock: OpenClipEncoder, window: tuple[int, int] | None, device: torch.device
+        self,
+        model: torch.nn.Module,
+        lock: OpenClipEncoder,
+        window: tuple[int, int] | None,
+        device: torch.device,
+        precision: Precision = "fp32",
     ) -> None:
         self.lock = lock
         self.window = window
-        self._device = device
+        self.device = device
+        self._dtype = _DTYPES[precision]
+        self._at_once = _NO_LIMIT  # images; halved each time the device runs out of memory
         self._model: Any = model.eval().requires_grad_(False).to(device)
+        self._model.visual.to(self._dtype)
         self.transform: Callable[[Image.Image], torch.Tensor] = open_clip.image_transform(
             lock.preprocessing.size,
             is_train=False,
@@ -70,23 +89,39 @@ class Encoder:
             lock.weights_sha256,
             lock.preprocessing.model_dump(mode="json"),
             None if window is None else list(window),
+            precision,
         )
 
-    @torch.inference_mode()
     def encode_images(self, batch: torch.Tensor) -> Floats:
         """Features of `batch` (B, 3, S, S) as (B, D) float32, not normalised.
 
+        Where B images are too many for the device's memory, half as many are encoded at once, from then on.
+
         Raises:
-            ModelError: the device has too little memory for B images.
+            ModelError: the device has too little memory for a single image.
         """
-        try:
-            features = self._model.encode_image(batch.to(self._device))
-        except torch.OutOfMemoryError as error:
+        rows, start = [], 0
+        while start < len(batch):
+            part = batch[start : start + self._at_once]
+            try:
+                rows.append(self._encode(part))
+            except torch.OutOfMemoryError as error:
+                self._halve(len(part), error)
+            else:
+                start += len(part)
+        return np.concatenate(rows)
+
+    @torch.inference_mode()
+    def _encode(self, part: torch.Tensor) -> Floats:
+        return _to_numpy(self._model.encode_image(part.to(self.device, self._dtype)))
+
+    def _halve(self, images: int, error: torch.OutOfMemoryError) -> None:
+        if images == 1:
             raise ModelError(
-                f"{self._device}: too little memory for {len(batch)} images at once; "
-                "free the device, encode fewer at once, or set `device: cpu` in silo.yaml"
+                f"{self.device}: too little memory for one image; free the device, or set `device: cpu` in silo.yaml"
             ) from error
-        return _to_numpy(features)
+        self._at_once = images // 2
+        _log.warning("%s: out of memory with %d images at once; going on with %d", self.device, images, self._at_once)
 
     @torch.inference_mode()
     def text_features(self, prompts: Sequence[Sequence[str]]) -> Floats:
@@ -101,7 +136,7 @@ class Encoder:
         tokenizer = self._tokenizer()
         means = []
         for texts in prompts:
-            features = self._model.encode_text(tokenizer(list(texts)).to(self._device))
+            features = self._model.encode_text(tokenizer(list(texts)).to(self.device))
             mean = torch.nn.functional.normalize(features.cpu().double(), dim=-1).mean(dim=0)
             means.append(torch.nn.functional.normalize(mean, dim=-1))
         return _to_numpy(torch.stack(means))
@@ -128,6 +163,7 @@ def resolve(model: OpenClipModel, home: Path) -> tuple[Encoder, Path]:
     Raises:
         ModelError: unknown model or tag, config that cannot be built, weights that do not fit it.
     """
+    model, home = _located(model, home)
     config, overrides = _config(model, home)
     if open_clip.is_pretrained_cfg(model.name, model.pretrained):
         check_tag(model.name, model.pretrained, config)
@@ -158,21 +194,26 @@ def resolve(model: OpenClipModel, home: Path) -> tuple[Encoder, Path]:
     return Encoder(network, lock, model.image_window, torch.device("cpu")), weights
 
 
-def load_encoder(lock: OpenClipEncoder, model: OpenClipModel, weights: Path | None, device: str) -> Encoder:
-    """Load the encoder that `lock` fixes, on `device` (auto, cpu, cuda, mps).
+def load_encoder(
+    lock: OpenClipEncoder, model: OpenClipModel, weights: Path | None, device: str, precision: Precision = "fp32"
+) -> Encoder:
+    """Load the encoder that `lock` fixes, on `device` (auto, cpu, cuda, mps), its image tower in `precision`.
 
     `model` is the plan's; `weights` a local checkpoint, without which open_clip downloads the tag. The
     file is parsed only once its SHA-256 is the lock's.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or does not compute in this precision.
         ModelError: no weights, other weights than the coordinator's, or weights that do not fit.
     """
     target = choose_device(device)
+    _check_precision(target, precision)
     config = _checked(_parsed(lock.config, f"lock of {lock.name}"), f"lock of {lock.name}")
     tagged = open_clip.is_pretrained_cfg(lock.name, model.pretrained)
     if tagged:
         check_tag(lock.name, model.pretrained, config)
+    elif lock.name == SHIPPED:
+        weights = weights or _ASSETS / f"{SHIPPED}.safetensors"
     elif weights is None:
         raise ModelError(
             f"the plan's weights are the coordinator's own file {model.pretrained!r}, which open_clip cannot download; "
@@ -188,7 +229,15 @@ def load_encoder(lock: OpenClipEncoder, model: OpenClipModel, weights: Path | No
         )
     if not tagged:
         check_file(lock.name, config, path, digest)
-    return Encoder(load_model(config, path, lock.name), lock, model.image_window, target)
+    return Encoder(load_model(config, path, lock.name), lock, model.image_window, target, precision)
+
+
+def _located(model: OpenClipModel, home: Path) -> tuple[OpenClipModel, Path]:
+    """Where to look for config and weights: our own encoder's lie in the package, all others beside federation.yaml."""
+    if model.name != SHIPPED:
+        return model, home
+    names = {"config": f"{SHIPPED}.json", "pretrained": f"{SHIPPED}.safetensors"}
+    return model.model_copy(update=names), _ASSETS
 
 
 def choose_device(device: str) -> torch.device:
@@ -203,6 +252,15 @@ def choose_device(device: str) -> torch.device:
     if not there[device]:
         raise ConfigError(f"silo.yaml: device: {device}: torch finds no such device here; set `auto` or `cpu`")
     return torch.device(device)
+
+
+def _check_precision(device: torch.device, precision: Precision) -> None:
+    # A silent fp32 instead would make other features than the person asked for, under another key of the cache.
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "silo.yaml: precision: fp16: few CPUs compute in it, and the others are slower than in fp32; "
+            "set `bf16` or `fp32`, or a `device` that is a GPU"
+        )
 
 
 def _config(model: OpenClipModel, home: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,130 +2,179 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedclip_secure.data.dataset import FeatureSet, Floats, ImageFile
-from fedclip_secure.data.folder import decode_image
+from fedclip_secure.data.image import decode_image
 from fedclip_secure.errors import DataError
+from fedclip_secure.features.batch import batch_size as fitting_batch_size
+from fedclip_secure.features.broken import Broken, check_classes_left, check_none_broken
 from fedclip_secure.features.cache import FeatureCache
 from fedclip_secure.features.encoder import Encoder
+from fedclip_secure.features.index import Contents, FileIndex, read_contents
+from fedclip_secure.features.progress import Meter, ShowProgress
 
-Progress = Callable[[int, int], None]
-Wanted = tuple[bytes, Path]  # SHA-256 of an image file, and where it lies
-Decoded = tuple[Sequence[Wanted], list[torch.Tensor | DataError]]  # a batch, and what became of each of it
-SHARD_IMAGES = 512  # images between two writes: what a kill can lose
-_LISTED_FAULTS = 10
-_MAX_DECODERS = 8  # threads; the encoder is the slower half on all but the largest machines
+INDEX_NAME = "files.sqlite"
+_SHARD_IMAGES = 512  # images between two writes, and
+_SHARD_SECONDS = 60.0  # time between two writes: what a kill can lose
+_MAX_DECODERS = 16  # threads; the encoder is the slower half on all but the largest machines
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extraction:
+    """The features of all images that could be used, and the `broken` ones that were left out."""
+
+    features: FeatureSet
+    broken: list[Broken]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """`verify`: read every file again, whatever the index says. `strict`: refuse broken images.
+
+    `batch_size` is in images; None: what the device's memory holds.
+    """
+
+    verify: bool = False
+    strict: bool = False
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """What became of one file; `image` is None where the cache has its features already."""
+
+    number: int  # in the list of files
+    contents: Contents | None
+    image: torch.Tensor | None
+    fault: Broken | None
 
 
 def extract(
-    files: Sequence[ImageFile], encoder: Encoder, cache: FeatureCache, batch_size: int, progress: Progress
-) -> FeatureSet:
-    """Features of `files`, in their order; a record's unit is the SHA-256 of its file.
+    files: Sequence[ImageFile], encoder: Encoder, folder: Path, show: ShowProgress, options: ExtractOptions
+) -> Extraction:
+    """Features of `files`, in their order; a record's unit is its patient, or the SHA-256 of its file.
 
-    Only what `cache` lacks is encoded, each image once, and stored shard after shard. `progress(done,
-    total)` counts distinct images. A broken image stops nothing: the others are encoded and cached first.
+    `folder` holds the cache and the index of files. A file is read only where the index does not have it
+    with this size and mtime, and only what the cache lacks is encoded, each image once, and stored shard
+    after shard: a run that was killed goes on from its last shard.
 
     Raises:
-        DataError: no files; broken images, the first ten by name; the disk is full.
+        DataError: no files; no image of a class can be used, or with `strict` any image cannot, and then
+            all others are cached first; the disk is full.
+        ConfigError: an image needs a window that the plan lacks, or a package.
+        ModelError: the device has too little memory.
     """
     if not files:
         raise DataError("there are no images to encode; check `data` in silo.yaml")
-    with ThreadPoolExecutor(min(_MAX_DECODERS, os.cpu_count() or 1)) as pool:
-        keys = list(pool.map(_hash, files))
-        distinct = {key: file.path for file, key in zip(files, keys, strict=True) if isinstance(key, bytes)}
-        wanted = [(key, distinct[key]) for key in distinct.keys() - cache.get(distinct).keys()]
-        wanted.sort(key=lambda item: item[1])
-        progress(len(distinct) - len(wanted), len(distinct))
-        faults = [key for key in keys if isinstance(key, DataError)]
-        decoded = _decoded(wanted, encoder, batch_size, pool)
-        for done, broken in _fill(cache, encoder, decoded, len(wanted)):
-            faults += broken
-            progress(len(distinct) - len(wanted) + done, len(distinct))
-    if faults:
-        raise DataError(_listing(faults))
-    return _gather(files, [key for key in keys if isinstance(key, bytes)], cache)
+    cache = FeatureCache(folder, encoder.digest, encoder.lock.dim)
+    with closing(FileIndex(folder / INDEX_NAME)) as index:
+        keys: list[bytes | None] = [None] * len(files)
+        if not options.verify:
+            keys = index.known([file.path for file in files])
+        todo = [number for number, key in enumerate(keys) if key is None or key not in cache]
+        meter = Meter(len(files), len(files) - len(todo), show)
+        broken = list[Broken]()
+        for batch in _stored(todo, files, _Work(encoder, cache, index), options.batch_size):
+            faults = [read.fault for read in batch if read.fault]
+            for read in batch:
+                keys[read.number] = read.contents.sha256 if read.contents and not read.fault else None
+            broken += faults
+            meter.advance(len(batch), len(faults))
+    if options.strict:
+        check_none_broken(broken)
+    check_classes_left(files, broken)
+    return Extraction(_gather(files, keys, cache), broken)
 
 
-def _fill(
-    cache: FeatureCache, encoder: Encoder, decoded: Iterator[Decoded], wanted: int
-) -> Iterator[tuple[int, list[DataError]]]:
-    """Encode and store; after each batch, how many of `wanted` are done, and what could not be decoded."""
-    done, keys, rows = 0, list[bytes](), list[Floats]()
-    for batch, images in decoded:
-        good = [(key, image) for (key, _), image in zip(batch, images, strict=True) if isinstance(image, torch.Tensor)]
-        if good:
-            keys += [key for key, _ in good]
-            rows.append(encoder.encode_images(torch.stack([image for _, image in good])))
-        done += len(batch)
-        if keys and (len(keys) >= SHARD_IMAGES or done == wanted):
-            cache.add(keys, np.concatenate(rows))
-            keys, rows = [], []
-        yield done, [image for image in images if isinstance(image, DataError)]
+def _stored(
+    todo: Sequence[int], files: Sequence[ImageFile], work: _Work, batch_size: int | None
+) -> Iterator[list[_Read]]:
+    """Read, encode and store `todo`, the places of files in the list; batch after batch."""
+    if not todo:
+        return
+    size = batch_size or fitting_batch_size(work.encoder)
+    reads = _read_ahead(todo, files, work, size)
+    while batch := list(islice(reads, size)):
+        work.store(batch)
+        yield batch
+    work.flush()
 
 
-def _decoded(
-    wanted: Sequence[Wanted], encoder: Encoder, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[Decoded]:
-    """Batch after batch, decoded while the one before is encoded; never more than two in memory."""
-    ahead: deque[tuple[Sequence[Wanted], list[Future[torch.Tensor | DataError]]]] = deque()
-    for start in range(0, len(wanted), batch_size):
-        batch = wanted[start : start + batch_size]
-        ahead.append((batch, [pool.submit(_decode, item, encoder) for item in batch]))
-        if len(ahead) > 1:
-            ready, futures = ahead.popleft()
-            yield ready, [future.result() for future in futures]
-    for ready, futures in ahead:
-        yield ready, [future.result() for future in futures]
+class _Work:
+    """Encodes what was read, and stores features and index shard after shard."""
+
+    def __init__(self, encoder: Encoder, cache: FeatureCache, index: FileIndex) -> None:
+        self.encoder, self.cache, self._index = encoder, cache, index
+        self._rows: dict[bytes, Floats] = {}  # encoded and not stored yet
+        self._seen: list[Contents] = []
+        self._stored = time.monotonic()
+
+    def store(self, batch: Sequence[_Read]) -> None:
+        """Encode the batch's new images; write a shard when one is full, or after a while."""
+        images = {read.contents.sha256: read.image for read in batch if read.contents and read.image is not None}
+        fresh = {key: image for key, image in images.items() if key not in self._rows and key not in self.cache}
+        if fresh:
+            rows = self.encoder.encode_images(torch.stack(list(fresh.values())))
+            self._rows.update(zip(fresh, rows, strict=True))
+        self._seen += [read.contents for read in batch if read.contents]
+        if len(self._seen) >= _SHARD_IMAGES or time.monotonic() - self._stored >= _SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put on the disk what is not there yet."""
+        self._index.add(self._seen)
+        if self._rows:
+            self.cache.add(list(self._rows), np.stack(list(self._rows.values())))
+        self._rows, self._seen, self._stored = {}, [], time.monotonic()
 
 
-def _hash(file: ImageFile) -> bytes | DataError:
+def _read_ahead(todo: Sequence[int], files: Sequence[ImageFile], work: _Work, ahead: int) -> Iterator[_Read]:
+    """Read and decode in threads, `ahead` images before they are asked for: so many are in memory, not more."""
+    waiting: deque[Future[_Read]] = deque()
+    decoders = min(_MAX_DECODERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(decoders) as pool:
+        numbers = iter(todo)
+        waiting.extend(
+            pool.submit(_read, number, files[number].path, work) for number in islice(numbers, max(ahead, 2 * decoders))
+        )
+        while waiting:
+            read = waiting.popleft().result()
+            waiting.extend(pool.submit(_read, number, files[number].path, work) for number in islice(numbers, 1))
+            yield read
+
+
+def _read(number: int, path: Path, work: _Work) -> _Read:
+    contents = None
     try:
-        with file.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
-    except OSError as error:
-        return DataError(f"{file.path}: cannot be read ({error.strerror})")
-
-
-def _decode(item: Wanted, encoder: Encoder) -> torch.Tensor | DataError:
-    key, path = item
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).digest() != key:
-            return DataError(f"{path}: changed while it was read")
-        return encoder.transform(decode_image(data, path, encoder.window))
+        contents, data = read_contents(path)
+        if contents.sha256 in work.cache:
+            return _Read(number, contents, None, None)
+        return _Read(number, contents, work.encoder.transform(decode_image(data, path, work.encoder.window)), None)
     except DataError as error:
-        return error
+        return _Read(number, contents, None, Broken(number, path, str(error)))
     except OSError as error:
-        return DataError(f"{path}: cannot be read ({error.strerror})")
+        return _Read(number, None, None, Broken(number, path, f"{path}: cannot be read ({error.strerror})"))
 
 
-def _gather(files: Sequence[ImageFile], keys: Sequence[bytes], cache: FeatureCache) -> FeatureSet:
-    rows = cache.get(keys)
+def _gather(files: Sequence[ImageFile], keys: Sequence[bytes | None], cache: FeatureCache) -> FeatureSet:
+    usable = [(file, key) for file, key in zip(files, keys, strict=True) if key is not None]
+    names = [str(file.path) for file in files]
     return FeatureSet(
-        np.stack([rows[key] for key in keys]),
-        np.array([file.label for file in files], dtype=np.int64),
-        np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32),
-        os.path.commonpath([file.path for file in files]),
-    )
-
-
-def _listing(faults: Sequence[DataError]) -> str:
-    lines = [f"  {fault}" for fault in faults[:_LISTED_FAULTS]]
-    if len(faults) > _LISTED_FAULTS:
-        lines.append(f"  and {len(faults) - _LISTED_FAULTS} more")
-    return "\n".join(
-        [
-            f"{len(faults)} image(s) cannot be used; all others are in the cache. "
-            "Replace these or move them away, and run again:",
-            *lines,
-        ]
+        cache.gather([key for _, key in usable]),
+        np.array([file.label for file, _ in usable], dtype=np.int64),
+        np.frombuffer(b"".join(file.unit or key for file, key in usable), dtype=np.uint8).reshape(-1, 32),
+        # Of all paths, for each sorts between these two; a split of each would cost a second in a hundred thousand.
+        os.path.commonpath([min(names), max(names)]),
     )

@@ -8,9 +8,11 @@ from fedclip_secure.config.plan import MethodPlan
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.base import Method
 from fedclip_secure.methods.fedclip import FedClip
+from fedclip_secure.methods.linear_probe import LinearProbe
 
 METHODS: dict[str, Callable[[MethodPlan], Method]] = {
     "fedclip": lambda options: FedClip(options.loss),
+    "linear_probe": lambda options: LinearProbe(options.loss),
 }
 
 
@@ -18,7 +20,7 @@ def find_method(options: MethodPlan) -> Method:
     """The method that the plan's `method` block names, with its options.
 
     Raises:
-        ConfigError: this version has no such method; lists those it has.
+        ConfigError: this version has no such method, and lists those it has; or the options do not go with it.
     """
     if options.name not in METHODS:
         raise ConfigError(

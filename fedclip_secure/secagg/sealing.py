@@ -111,10 +111,15 @@ def check_x25519_public(public: bytes) -> None:
         raise ProtocolError("key", "an X25519 key has low order") from error
 
 
+def sealed_body_size(header: int, body: int) -> int:
+    """Bytes of a sealed body that carries a header of `header` bytes and frames of `body` bytes in all."""
+    frames = max(1, -(-body // FRAME))
+    return 4 + 32 + header + OVERHEAD + body + frames * _TAG
+
+
 def sealed_body_limit(body: int) -> int:
     """The most bytes that a sealed body with frames of `body` bytes in all can have."""
-    frames = max(1, -(-body // FRAME))
-    return 4 + 32 + MAX_HEADER + OVERHEAD + body + frames * _TAG
+    return sealed_body_size(MAX_HEADER, body)
 
 
 def seal_body(header: bytes, body: memoryview, public: bytes, *info: Any) -> Iterator[bytes]:

@@ -89,6 +89,19 @@ def load_adapter(path: Path, terms: Terms) -> AdapterState:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def read_round(path: Path) -> int:
+    """After how many rounds the adapter at `path` was taken: `after_round` of the card beside it.
+
+    Raises:
+        DataError: the card is missing or damaged.
+    """
+    card = path.with_suffix(".json")
+    try:
+        return int(json.loads(card.read_text("utf-8"))["after_round"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{card}: cannot be read as an adapter's card; `fedclip-silo train` writes it anew") from error
+
+
 def adapter_folder(workdir: Path) -> Path:
     """Where the adapters of a run lie."""
     return workdir / "adapters"

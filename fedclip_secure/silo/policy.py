@@ -19,6 +19,9 @@ def check_policy(policy: Policy, contract: Contract, terms: Terms, silo: str) ->
         faults.append(f"the roster does not hold {silo}")
     if terms.floor < policy.min_silos:
         faults.append(f"a round may average {terms.floor} silos, policy.min_silos is {policy.min_silos}")
+    weaker = contract.plan.secure_aggregation.threshold
+    if weaker == "honest_but_curious" and policy.threshold == "malicious":
+        faults.append("the plan's threshold does not hold against a lying server, policy.threshold is malicious")
     if policy.require_privacy and contract.plan.privacy is None:
         faults.append("the plan has no differential privacy, policy.require_privacy is true")
     if policy.methods is not None and contract.plan.method.name not in policy.methods:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.features.progress import ShowProgress
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.journal import Journal
@@ -17,13 +18,15 @@ from fedclip_secure.silo.pins import Accepted, check_same, text_features_path
 from fedclip_secure.silo.runner import Party, Runner, Trainer
 from fedclip_secure.transport.client import Client, Waiting
 
+_FIRST_SIGN = 0.5  # seconds; loading torch can keep the event loop from its first sign of life for seconds
+
 
 async def take_part(
     config: SiloConfig,
     identity: Identity,
     accepted: Accepted,
     *,
-    progress: Callable[[int, int], None],
+    progress: ShowProgress,
     say: Callable[[str], None],
     waiting: Waiting,
 ) -> list[SavedAdapter]:
@@ -36,24 +39,25 @@ async def take_part(
     """
     contract, workdir = accepted.contract, Path(config.workdir)
     terms = Terms.of(contract, accepted.roster)
-    async with Client.of(identity, waiting) as client:
-        link = Link(client)
-        check_same(accepted, await link.offer(identity.server), identity.server)
-        async with present(link, after=0):
-            trainer = await asyncio.to_thread(_trainer, config, contract, progress)
-        party = Party(identity, contract, terms)
-        weight = party.weight(trainer.records)
-        capped = f" (max_weight; {trainer.records} records)" if weight < trainer.records else ""
-        say(f"{identity.name}: {trainer.records} training records, weight {weight}{capped}")
-        journal = Journal(workdir / "journal.sqlite")
-        try:
+    journal = Journal(workdir / "journal.sqlite")  # first of all: it keeps a second process out of this workdir
+    try:
+        async with Client.of(identity, waiting) as client:
+            link = Link(client)
+            check_same(accepted, await link.offer(identity.server), identity.server)
+            async with present(link, after=0):
+                await asyncio.sleep(_FIRST_SIGN)
+                trainer = await asyncio.to_thread(_trainer, config, contract, progress)
+            party = Party(identity, contract, terms)
+            weight = party.weight(trainer.records)
+            capped = f" (max_weight; {trainer.records} records)" if weight < trainer.records else ""
+            say(f"{identity.name}: {trainer.records} training records, weight {weight}{capped}")
             await Runner(party, trainer, link, journal, say).run()
-        finally:
-            journal.close()
-        return await save_adapters(link, contract, terms, workdir)
+            return await save_adapters(link, contract, terms, workdir)
+    finally:
+        journal.close()
 
 
-def _trainer(config: SiloConfig, contract: Contract, progress: Callable[[int, int], None]) -> Trainer:
+def _trainer(config: SiloConfig, contract: Contract, progress: ShowProgress) -> Trainer:
     """Imports torch only here, when the aggregator has seen this silo: that takes seconds, and a round may begin."""
     from fedclip_secure.features.encoder import choose_device  # noqa: PLC0415
     from fedclip_secure.training.inputs import load_inputs  # noqa: PLC0415

@@ -19,6 +19,8 @@ from fedclip_secure.methods.zero_shot import zero_shot_logits
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.training.shared import load_shared
 
+Confusion = npt.NDArray[np.int64]
+Logits = Callable[[Batch], Tensor]  # a batch to logits (B, C)
 _BATCH = 4096  # records at a time; 8 MB of features at D = 512
 
 
@@ -31,21 +33,33 @@ class ClassResult:
     zero_shot: Counts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
-    """An adapter on one split, next to zero-shot on the same records."""
+    """An adapter on one split, next to zero-shot on the same records.
 
-    classes: tuple[ClassResult, ...]
+    `names` are the C classes. A confusion is (C, C) int64, how many records of class `row` were taken
+    for class `column`.
+    """
+
+    names: tuple[str, ...]
+    confusion: Confusion
+    zero_shot_confusion: Confusion
+
+    @property
+    def classes(self) -> tuple[ClassResult, ...]:
+        """Class by class, in the plan's order."""
+        both = [_diagonal(matrix) for matrix in (self.confusion, self.zero_shot_confusion)]
+        return tuple(ClassResult(*row) for row in zip(self.names, *both, strict=True))
 
     @property
     def adapter(self) -> Counts:
         """The adapter over all classes."""
-        return _total(result.adapter for result in self.classes)
+        return _total(self.confusion)
 
     @property
     def zero_shot(self) -> Counts:
         """Zero-shot over all classes."""
-        return _total(result.zero_shot for result in self.classes)
+        return _total(self.zero_shot_confusion)
 
 
 def evaluate(
@@ -59,44 +73,50 @@ def evaluate(
     """
     if not len(features):
         raise DataError(f"{features.source}: this split holds no records; enlarge its share in the plan's `splits`")
+    guesses = [
+        classify(features, task, device, logits) for logits in (predictor(plan, task, state, device), zero_shot_logits)
+    ]
+    count = len(task.classes)
+    return Evaluation(task.classes, *(_confusion(features.labels, guess, count) for guess in guesses))
+
+
+def predictor(plan: FederationPlan, task: Task, state: AdapterState, device: torch.device) -> Logits:
+    """The plan's method with the adapter `state`: a batch on `device` to logits (B, C).
+
+    Raises:
+        ModelError: `state` is not the plan's method's.
+    """
     method = find_method(plan.method)
     module = method.build(task).to(device).eval()
     load_shared(module, method.spec, state)
-    adapted = classify(features, task, device, lambda batch: method.predict(module, batch))
-    plain = classify(features, task, device, zero_shot_logits)
-    return Evaluation(
-        tuple(
-            ClassResult(name, *(_counts(guess, features.labels, label) for guess in (adapted, plain)))
-            for label, name in enumerate(task.classes)
-        )
-    )
+    return lambda batch: method.predict(module, batch)
 
 
 @torch.inference_mode()
-def classify(
-    features: FeatureSet, task: Task, device: torch.device, logits: Callable[[Batch], Tensor]
-) -> npt.NDArray[np.int64]:
+def classify(features: FeatureSet, task: Task, device: torch.device, logits: Logits) -> npt.NDArray[np.int64]:
     """The most likely class of every record, (N,)."""
     if not len(features):
         return np.zeros(0, dtype=np.int64)
-    guesses = [logits(batch).argmax(dim=-1) for batch in batches(features, task, device, _BATCH)]
+    guesses = [logits(batch).argmax(dim=-1) for batch in batches(features, task, device)]
     return torch.cat(guesses).cpu().numpy()
 
 
-def batches(features: FeatureSet, task: Task, device: torch.device, size: int) -> Iterator[Batch]:
-    """The records in order, `size` at a time."""
+def batches(features: FeatureSet, task: Task, device: torch.device) -> Iterator[Batch]:
+    """The records in order, so many at a time that they fit beside an encoder."""
     text = torch.from_numpy(task.text_features).to(device)
-    for start in range(0, len(features), size):
-        cut = slice(start, start + size)
+    for start in range(0, len(features), _BATCH):
+        cut = slice(start, start + _BATCH)
         images = torch.from_numpy(features.image_features[cut]).to(device)
         yield Batch(images, torch.from_numpy(features.labels[cut]).to(device), text, task.logit_scale)
 
 
-def _counts(guesses: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], label: int) -> Counts:
-    own = labels == label
-    return Counts(int((guesses[own] == label).sum()), int(own.sum()))
+def _confusion(labels: npt.NDArray[np.int64], guesses: npt.NDArray[np.int64], count: int) -> Confusion:
+    return np.bincount(labels * count + guesses, minlength=count * count).reshape(count, count)
 
 
-def _total(parts: Iterator[Counts]) -> Counts:
-    listed = list(parts)
-    return Counts(sum(part.correct for part in listed), sum(part.total for part in listed))
+def _diagonal(confusion: Confusion) -> list[Counts]:
+    return [Counts(int(row[label]), int(row.sum())) for label, row in enumerate(confusion)]
+
+
+def _total(confusion: Confusion) -> Counts:
+    return Counts(int(confusion.trace()), int(confusion.sum()))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedclip_secure.config.lock import Contract, ExternalEncoder
 from fedclip_secure.config.plan import OpenClipModel
-from fedclip_secure.config.silo import EmbeddingsData, SiloConfig
-from fedclip_secure.data.dataset import FeatureSet, Task, split
+from fedclip_secure.config.silo import EmbeddingsData, FolderData, ManifestData, SiloConfig
+from fedclip_secure.data.dataset import FeatureSet, ImageFile, Task, split
 from fedclip_secure.data.embeddings import read_embeddings, read_text_features
 from fedclip_secure.data.folder import read_folder
+from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.errors import ConfigError, ModelError
-from fedclip_secure.features.cache import FeatureCache
+from fedclip_secure.features.broken import first_of, write_list
 from fedclip_secure.features.checkpoint import sha256_of
 from fedclip_secure.features.encoder import Encoder, load_encoder
-from fedclip_secure.features.extract import Progress, extract
+from fedclip_secure.features.extract import ExtractOptions, extract
+from fedclip_secure.features.progress import ShowProgress
 
-_ENCODER_BATCH = 64  # images; a ViT-L/14 at 336 pixels stays below 4 GB
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,10 +32,18 @@ class Inputs:
     splits: dict[str, FeatureSet]
 
 
-def load_inputs(silo: SiloConfig, contract: Contract, progress: Progress, text_features: Path | None = None) -> Inputs:
+def load_inputs(
+    silo: SiloConfig,
+    contract: Contract,
+    progress: ShowProgress,
+    text_features: Path | None = None,
+    *,
+    verify: bool = False,
+) -> Inputs:
     """Load this silo's features, extracting those that its cache lacks, and cut them as the plan says.
 
-    `progress(done, total)` counts distinct images. `text_features` is the file of an external model.
+    `text_features` is the file of an external model. `verify` reads every image again. Broken images are
+    left out, with a warning in the log, and listed in `broken.txt` of the workdir.
 
     Raises:
         ConfigError: the silo's data format or device does not go with the plan's model.
@@ -39,22 +51,29 @@ def load_inputs(silo: SiloConfig, contract: Contract, progress: Progress, text_f
         ModelError: the weights or text features are not those of the lock.
     """
     if isinstance(contract.plan.model, OpenClipModel):
-        encoder = _open_clip(silo, contract)
-        prompts = contract.plan.text_prompts()
-        task = Task(tuple(contract.plan.classes), encoder.text_features(prompts), encoder.lock.logit_scale)
-        features = _features(silo, task, encoder, progress)
+        encoder, task = load_open_clip(silo, contract)
+        features = _features(silo, task, encoder, progress, verify)
     else:
         task = _external_task(contract, text_features)
-        features = _features(silo, task, None, progress)
+        features = _features(silo, task, None, progress, verify)
     shares = contract.plan.splits.model_dump()
     return Inputs(task, split(features, contract.plan.federation, shares))
 
 
-def _open_clip(silo: SiloConfig, contract: Contract) -> Encoder:
+def load_open_clip(silo: SiloConfig, contract: Contract) -> tuple[Encoder, Task]:
+    """The plan's encoder, and the task with the text features that it makes of the plan's prompts.
+
+    Raises:
+        ConfigError: the lock is of another kind than the plan's model, or the device is not there.
+        ModelError: the weights are not those of the lock.
+    """
     lock, model = contract.lock.encoder, contract.plan.model
     if isinstance(lock, ExternalEncoder) or not isinstance(model, OpenClipModel):
         raise ConfigError("federation.lock: its encoder is not the plan's; ask the coordinator to run `prepare` again")
-    return load_encoder(lock, model, None if silo.weights is None else Path(silo.weights), silo.device)
+    weights = None if silo.weights is None else Path(silo.weights)
+    encoder = load_encoder(lock, model, weights, silo.device, silo.precision)
+    prompts = contract.plan.text_prompts()
+    return encoder, Task(tuple(contract.plan.classes), encoder.text_features(prompts), lock.logit_scale)
 
 
 def _external_task(contract: Contract, path: Path | None) -> Task:
@@ -76,14 +95,32 @@ def _external_task(contract: Contract, path: Path | None) -> Task:
     return Task(classes, features, scale)
 
 
-def _features(silo: SiloConfig, task: Task, encoder: Encoder | None, progress: Progress) -> FeatureSet:
-    root, dim = Path(silo.data.path), task.text_features.shape[1]
+def _features(
+    silo: SiloConfig, task: Task, encoder: Encoder | None, progress: ShowProgress, verify: bool
+) -> FeatureSet:
     if isinstance(silo.data, EmbeddingsData):
-        return read_embeddings(root, task.classes, dim)
+        return read_embeddings(Path(silo.data.path), task.classes, task.text_features.shape[1])
     if encoder is None:
         raise ConfigError(
             "silo.yaml: data.format: the plan's model is external and no encoder runs here; set `embeddings`"
         )
-    files = read_folder(root, task.classes, silo.data.absent_classes)
-    cache = FeatureCache(Path(silo.workdir, "features"), encoder.digest, dim)
-    return extract(files, encoder, cache, _ENCODER_BATCH, progress)
+    files = _image_files(silo.data, task.classes)
+    options = ExtractOptions(verify, silo.data.strict)
+    found = extract(files, encoder, Path(silo.workdir, "features"), progress, options)
+    listed = Path(silo.workdir, "broken.txt")
+    write_list(listed, found.broken)
+    if found.broken:
+        _log.warning(
+            "%d of %d image(s) cannot be used and were left out; all stand in %s:\n%s",
+            len(found.broken), len(files), listed, first_of(found.broken),
+        )  # fmt: skip
+    return found.features
+
+
+def _image_files(data: FolderData | ManifestData, classes: Sequence[str]) -> list[ImageFile]:
+    path = Path(data.path)
+    if isinstance(data, ManifestData):
+        root = path.parent if data.root is None else Path(data.root)
+        return read_manifest(path, root, classes, data.absent_classes)
+    files = read_folder(path, classes, data.absent_classes)
+    return files if data.patients is None else with_patients(files, Path(data.patients), path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_secure.config.silo import FolderData, read_silo, write_silo
+from fedclip_secure.config.silo import FolderData, ManifestData, for_extraction, read_silo, write_silo
 from fedclip_secure.errors import ConfigError
 
 GOOD = "name: st-marys\ndata: {format: folder, path: images}\n"
@@ -27,6 +27,28 @@ def test_relative_paths_count_from_the_file(tmp_path: Path, monkeypatch: pytest.
     assert config.weights == "/abs/w.pt"
 
 
+def test_paths_beside_the_images_count_from_the_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "silo.yaml"
+    path.write_text("name: a\ndata: {format: manifest, path: records.csv, root: /images}\n")
+    data = read_silo(path).data
+    assert isinstance(data, ManifestData)
+    assert (data.path, data.root) == (str(tmp_path / "records.csv"), "/images")
+    path.write_text("name: a\ndata: {format: folder, path: images, patients: patients.csv}\n")
+    folder = read_silo(path).data
+    assert isinstance(folder, FolderData)
+    assert folder.patients == str(tmp_path / "patients.csv")
+
+
+def test_extraction_may_be_stricter_and_in_another_precision_than_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "silo.yaml"
+    path.write_text(GOOD + "precision: bf16\n")
+    config = read_silo(path)
+    assert for_extraction(config, None, strict=False) == config
+    other = for_extraction(config, "fp16", strict=True)
+    assert isinstance(other.data, FolderData)
+    assert (other.precision, other.data.strict) == ("fp16", True)
+
+
 def test_file_that_enrol_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "silo.yaml"
     write_silo(path, "st-marys", 'a "quoted": # path', "w: #.pt")
@@ -47,13 +69,16 @@ def test_missing_file_says_what_writes_it(tmp_path: Path) -> None:
     [
         ("name: St\ndata: {format: folder, path: a}", "name: must have a-z, 0-9 and - only"),
         ("name: aggregator\ndata: {format: folder, path: a}", "name: 'aggregator' is the coordinator's own"),
-        ("name: a\ndata: {format: dicom, path: a}", "data: `format` must be one of `folder`, `embeddings`"),
+        ("name: a\ndata: {format: dicom, path: a}", "data: `format` must be one of `folder`, `manifest`, `embeddings`"),
         ("name: a\ndata: {path: a}", "data: lacks `format`; add it"),
         ("name: a\ndata: images", "data: must be a mapping"),
         ("name: a\ndata: {format: folder}", "data.path: is missing; add it"),
         ("name: a\ndata: {format: embeddings, path: a, absent_classes: []}", "data.absent_classes: unknown key"),
         (GOOD + "plan: x", "plan: must be sha256: and 64 digits"),
         (GOOD + "roster: sha256:AB", "roster: must be sha256: and 64 digits"),
+        ("name: a\ndata: {format: manifest, path: a, patients: b}", "data.patients: unknown key"),
+        ("name: a\ndata: {format: folder, path: a, strict: 1}", "data.strict: input should be a valid boolean"),
+        (GOOD + "precision: fp8", "precision: input should be 'fp32', 'bf16' or 'fp16'"),
         (GOOD + "device: tpu", "device: input should be 'auto', 'cpu', 'cuda' or 'mps'"),
         (GOOD + "policy: {min_silos: 2}", "policy.min_silos: input should be greater than or equal to 3"),
         (GOOD + "policy: {require_privacy: no}", "policy.require_privacy: input should be a valid boolean"),

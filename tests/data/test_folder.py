@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedclip_secure.data.folder import load_image, read_folder
-from fedclip_secure.errors import DataError
+from fedclip_secure.data.folder import read_folder
+from fedclip_secure.data.image import load_image
+from fedclip_secure.errors import ConfigError, DataError
 
 CLASSES = ("cat", "dog")
 
@@ -64,8 +65,8 @@ def test_empty_class_folder_is_named(root: Path) -> None:
 
 def test_class_folder_without_images_says_what_it_holds(root: Path) -> None:
     (root / "cow").mkdir()
-    (root / "cow/scan.dcm").write_bytes(b"DICM")
-    with pytest.raises(DataError, match=r"holds no image, but 1 x \.dcm"):
+    (root / "cow/scan.nii").write_bytes(b"NIfTI")
+    with pytest.raises(DataError, match=r"holds no image, but 1 x \.nii"):
         read_folder(root, (*CLASSES, "cow"))
 
 
@@ -85,9 +86,10 @@ def test_stray_file_beside_class_folders_is_named(root: Path) -> None:
 
 def test_other_files_in_a_class_folder_are_skipped_with_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "cat/notes.txt").write_text("x")
+    (root / "cat/png").write_text("x")
     with caplog.at_level(logging.WARNING):
         assert len(read_folder(root, CLASSES)) == 3
-    assert "1 x .txt" in caplog.text
+    assert "1 x .txt, 1 x no extension" in caplog.text
 
 
 def test_linked_folder_is_read_and_a_loop_ends(root: Path) -> None:
@@ -106,7 +108,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 def test_16_bit_image_needs_the_plans_window(tmp_path: Path) -> None:
     path = save(tmp_path / "deep.png", grey16([[1000, 3000], [5000, 65535]]))
-    with pytest.raises(DataError, match=r"deep\.png: has more than 8 bits.*model\.image_window"):
+    with pytest.raises(ConfigError, match=r"deep\.png: holds grey values from 1000 to 65535.*model\.image_window"):
         load_image(path, None)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,14 +33,15 @@ def test_what_was_added_is_there_after_reopening(tmp_path: Path) -> None:
     fresh(tmp_path).add(KEYS[:2], ROWS[:2])
     fresh(tmp_path).add(KEYS[2:], ROWS[2:])
     cache = fresh(tmp_path)
-    found = cache.get([*KEYS, b"x" * 32])
-    assert len(cache) == len(found) == 4
-    assert all((found[key] == row).all() for key, row in zip(KEYS, ROWS, strict=True))
+    assert len(cache) == 4
+    assert b"x" * 32 not in cache
+    order = [2, 0, 3, 1, 0]
+    assert (cache.gather([KEYS[row] for row in order]) == ROWS[order]).all()
 
 
 def test_another_encoder_finds_nothing(tmp_path: Path) -> None:
     fresh(tmp_path).add(KEYS, ROWS)
-    assert not fresh(tmp_path, b"f" * 32).get(KEYS)
+    assert KEYS[0] not in fresh(tmp_path, b"f" * 32)
 
 
 def test_shard_is_named_by_its_own_hash_and_no_part_is_left(tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_flipped_bit_sets_the_shard_aside_and_is_told(tmp_path: Path, caplog: py
     path.write_bytes(data)
     with caplog.at_level(logging.WARNING):
         cache = fresh(tmp_path)
-    assert not cache.get(KEYS)
+    assert len(cache) == 0
     assert cache.damaged == [path.with_suffix(".damaged")]
     assert "is damaged and was set aside" in caplog.text
     cache.add(KEYS, ROWS)
@@ -120,3 +122,25 @@ def test_features_of_another_width_or_with_nan_are_refused(tmp_path: Path) -> No
         fresh(tmp_path, dim=5).add(KEYS, ROWS)
     with pytest.raises(DataError, match="NaN or infinity"):
         fresh(tmp_path).add(KEYS, np.full((4, 3), np.inf, np.float32))
+
+
+def test_shard_damaged_while_the_cache_is_open_is_told(tmp_path: Path) -> None:
+    cache = fresh(tmp_path)
+    cache.add(KEYS, ROWS)
+    path = shard(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="was damaged while it was in use; run again"):
+        cache.gather(KEYS)
+
+
+def test_no_features_are_held_in_memory(tmp_path: Path) -> None:
+    """64 MB on the disk; the keys of 128 wide rows are a few kilobytes."""
+    wide = np.zeros((128, 131_072), np.float32)
+    keys = [number.to_bytes(32, "big") for number in range(128)]
+    fresh(tmp_path, dim=131_072).add(keys, wide)
+    tracemalloc.start()
+    cache = fresh(tmp_path, dim=131_072)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(cache) == 128
+    assert held < 1_000_000

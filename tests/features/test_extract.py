@@ -1,27 +1,44 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from fedclip_secure.config.plan import OpenClipModel
 from fedclip_secure.data.dataset import FeatureSet, ImageFile
-from fedclip_secure.data.folder import load_image, read_folder
-from fedclip_secure.errors import DataError
-from fedclip_secure.features.cache import FeatureCache
-from fedclip_secure.features.encoder import Encoder, resolve
-from fedclip_secure.features.extract import extract
+from fedclip_secure.data.folder import read_folder
+from fedclip_secure.data.image import load_image
+from fedclip_secure.errors import ConfigError, DataError
+from fedclip_secure.features.broken import Broken
+from fedclip_secure.features.encoder import Encoder, load_encoder, resolve
+from fedclip_secure.features.extract import ExtractOptions, extract
+from fedclip_secure.features.progress import Progress
 
+ROOT = Path(__file__).resolve().parents[2]
+HOUR_AGO = time.time_ns() - 3_600_000_000_000
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 
 
 @pytest.fixture(scope="session")
 def encoder(random_tower: Path) -> Encoder:
     return resolve(OpenClipModel(name="tower", pretrained="tower.safetensors", config="tower.json"), random_tower)[0]
+
+
+def age(files: list[ImageFile]) -> None:
+    """Make them an hour old: what was written this moment the index does not take."""
+    for file in files:
+        os.utime(file.path, ns=(HOUR_AGO, HOUR_AGO))
 
 
 @pytest.fixture
@@ -33,6 +50,7 @@ def files(tmp_path: Path) -> list[ImageFile]:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(path)
         found.append(ImageFile(path, number % 2))
+    age(found)
     return found
 
 
@@ -42,11 +60,19 @@ class Runs:
     def __init__(self, encoder: Encoder, folder: Path) -> None:
         self.encoder, self.folder = encoder, folder
         self.calls: list[tuple[int, int]] = []
+        self.broken: list[Broken] = []
 
-    def __call__(self, files: list[ImageFile], batch_size: int = 3) -> FeatureSet:
+    def __call__(
+        self, files: list[ImageFile], batch_size: int = 3, *, verify: bool = False, strict: bool = False
+    ) -> FeatureSet:
         self.calls = []
-        cache = FeatureCache(self.folder, self.encoder.digest, self.encoder.lock.dim)
-        return extract(files, self.encoder, cache, batch_size, lambda done, total: self.calls.append((done, total)))
+        options = ExtractOptions(verify, strict, batch_size)
+        found = extract(files, self.encoder, self.folder, self._show, options)
+        self.broken = found.broken
+        return found.features
+
+    def _show(self, now: Progress) -> None:
+        self.calls.append((now.done, now.total))
 
 
 @pytest.fixture
@@ -82,30 +108,151 @@ def test_new_images_alone_are_encoded(run: Runs, files: list[ImageFile]) -> None
 def test_duplicates_are_encoded_once_and_stay_two_records(run: Runs, files: list[ImageFile], tmp_path: Path) -> None:
     copy = ImageFile(Path(shutil.copy(files[0].path, tmp_path / "copy.png")), 1)
     found = run([*files, copy])
-    assert run.calls[-1] == (10, 10)
+    assert run.calls[-1] == (11, 11)
+    (shard,) = run.folder.rglob("*.safetensors")
+    assert len(load_file(shard)["keys"]) == 10
     assert len(found) == 11
     assert (found.image_features[0] == found.image_features[10]).all()
     assert (found.unit_ids[0] == found.unit_ids[10]).all()
 
 
-def test_broken_images_are_named_after_all_others_are_cached(run: Runs, files: list[ImageFile]) -> None:
+def break_some(files: list[ImageFile]) -> list[ImageFile]:
+    """Three files at fault; the others."""
     for number in (2, 5):
         files[number].path.write_bytes(b"broken %d" % number)
     files[7].path.unlink()
+    return [file for number, file in enumerate(files) if number not in (2, 5, 7)]
+
+
+def test_broken_images_are_left_out_with_their_reasons(run: Runs, files: list[ImageFile]) -> None:
+    whole = break_some(files)
+    found = run(files)
+    assert found.labels.tolist() == [file.label for file in whole]
+    assert (found.image_features == run(whole).image_features).all()
+    run(files)
+    assert [image.number for image in run.broken] == [2, 5, 7]
+    assert ["not an image" in image.reason for image in run.broken] == [True, True, False]
+    assert "7.png: cannot be read (No such file" in run.broken[2].reason
+
+
+def test_strict_run_names_broken_images_after_all_others_are_cached(run: Runs, files: list[ImageFile]) -> None:
+    whole = break_some(files)
     with pytest.raises(DataError) as caught:
-        run(files)
+        run(files, strict=True)
     assert str(caught.value).startswith("3 image(s) cannot be used; all others are in the cache")
     assert all(f"{number}.png" in str(caught.value) for number in (2, 5, 7))
-    run([file for number, file in enumerate(files) if number not in (2, 5, 7)])
+    run(whole)
     assert run.calls == [(7, 7)]
 
 
-def test_first_ten_of_many_broken_images_are_listed(run: Runs, tmp_path: Path) -> None:
+def test_image_that_was_mended_is_used_again(run: Runs, files: list[ImageFile]) -> None:
+    whole = files[2].path.read_bytes()
+    break_some(files)
+    run(files)
+    files[2].path.write_bytes(whole)
+    assert len(run(files)) == 8
+
+
+def test_first_ten_of_many_broken_images_are_listed(run: Runs, files: list[ImageFile], tmp_path: Path) -> None:
     broken = [ImageFile(tmp_path / f"gone{number}.png", 0) for number in range(12)]
     with pytest.raises(DataError, match=r"^12 image") as caught:
-        run(broken)
+        run([*files, *broken], strict=True)
     assert str(caught.value).count("gone") == 10
     assert str(caught.value).endswith("and 2 more")
+
+
+def test_class_of_which_nothing_is_left_is_refused(run: Runs, files: list[ImageFile], tmp_path: Path) -> None:
+    gone = [ImageFile(tmp_path / f"gone{number}.png", 2) for number in range(3)]
+    with pytest.raises(DataError, match=r"none of the 3 image\(s\) of a class can be used; .*Check the disk"):
+        run([*files, *gone])
+
+
+def test_image_that_needs_the_plans_window_stops_the_run(run: Runs, files: list[ImageFile]) -> None:
+    """It is not the file's fault: leaving all 16-bit images out would be a silent loss."""
+    Image.fromarray(np.full((70, 80), 4000, np.uint16)).save(files[3].path)
+    with pytest.raises(ConfigError, match=r"3\.png: holds grey values .*model\.image_window"):
+        run(files)
+
+
+def test_unchanged_file_is_not_read_again_but_by_verify(run: Runs, files: list[ImageFile]) -> None:
+    first = run(files)
+    data = bytearray(files[4].path.read_bytes())
+    Image.new("RGB", (70, 80)).save(files[4].path)
+    files[4].path.write_bytes(files[4].path.read_bytes().ljust(len(data), b"\0"))
+    age(files)
+    assert (run(files).unit_ids == first.unit_ids).all()
+    assert run.calls == [(10, 10)]
+    assert (run(files, verify=True).unit_ids[4] != first.unit_ids[4]).any()
+    assert run.calls[0] == (0, 10)
+    assert (run(files).unit_ids[4] != first.unit_ids[4]).any()
+    assert run.calls == [(10, 10)]
+
+
+def test_changed_file_is_read_again(run: Runs, files: list[ImageFile]) -> None:
+    first = run(files)
+    Image.new("RGB", (70, 80)).save(files[4].path)
+    second = run(files)
+    assert run.calls[0] == (9, 10)
+    assert (first.unit_ids[4] != second.unit_ids[4]).any()
+
+
+def test_images_of_one_patient_share_their_unit(run: Runs, files: list[ImageFile]) -> None:
+    unit = b"p" * 32
+    found = run([replace(files[0], unit=unit), replace(files[1], unit=unit), *files[2:]])
+    assert [row.tobytes() == unit for row in found.unit_ids] == [True] * 2 + [False] * 8
+
+
+def test_other_precision_has_a_cache_of_its_own_and_nearly_the_same_features(
+    run: Runs, files: list[ImageFile], random_tower: Path
+) -> None:
+    exact = run(files).image_features
+    weights = random_tower / "tower.safetensors"
+    model = OpenClipModel(name="tower", pretrained="tower.safetensors", config="tower.json")
+    run.encoder = load_encoder(run.encoder.lock, model, weights, "cpu", "bf16")
+    rough = run(files).image_features
+    assert run.calls[0] == (0, 10)
+    assert not (exact == rough).all()
+    cosine = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
+    assert cosine.min() > 0.999
+
+
+def test_run_that_was_killed_goes_on_from_its_last_shard(run: Runs, random_tower: Path, tmp_path: Path) -> None:
+    images = tmp_path / "many"
+    images.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 8, 8, 3), dtype=np.uint8)
+    files = []
+    for number, pixels in enumerate(noise):
+        files.append(ImageFile(images / f"{number}.bmp", 0))
+        Image.fromarray(pixels).save(files[-1].path)
+    age(files)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(random_tower), str(images), str(run.folder)], cwd=ROOT
+    )
+    while not list(run.folder.rglob("*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = run(files, batch_size=32)
+    before = run.calls[0][0]
+    assert 512 <= before < 1500, "what was stored is not encoded again"
+    assert run.calls[-1] == (1500, 1500)
+    stored = sum(len(load_file(path)["keys"]) for path in run.folder.rglob("*.safetensors"))
+    assert stored == len({unit.tobytes() for unit in found.unit_ids}) == 1500, "no image is stored twice"
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from fedclip_secure.config.plan import OpenClipModel
+from fedclip_secure.data.dataset import ImageFile
+from fedclip_secure.features.encoder import resolve
+from fedclip_secure.features.extract import ExtractOptions, extract
+tower, images, folder = map(Path, sys.argv[1:])
+model = OpenClipModel(name="tower", pretrained="tower.safetensors", config="tower.json")
+files = [ImageFile(images / f"{number}.bmp", 0) for number in range(1500)]
+extract(files, resolve(model, tower)[0], folder, lambda progress: None, ExtractOptions(batch_size=32))
+"""
 
 
 def test_damaged_shard_is_encoded_again(run: Runs, files: list[ImageFile]) -> None:

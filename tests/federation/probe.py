@@ -85,7 +85,7 @@ def main(config_path: str, dump: str, *pause: str) -> None:
             config,
             identity,
             load_accepted(config),
-            progress=lambda _done, _total: None,
+            progress=lambda _: None,
             say=lambda text: print(text, flush=True),
             waiting=lambda reason, _seconds: print(reason, flush=True),
         )

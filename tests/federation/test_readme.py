@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from fedclip_secure.data.embeddings import read_embeddings, read_text_features
 from tests.federation.processes import ENVIRONMENT, ROOT, free_port
 
 
@@ -16,6 +18,15 @@ def commands() -> str:
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 5
     return "".join(blocks)
+
+
+def test_the_feature_files_of_the_readme_are_what_the_program_reads(tmp_path: Path) -> None:
+    snippet = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(snippet) == 1
+    subprocess.run([sys.executable, "-c", snippet[0]], cwd=tmp_path, check=True, timeout=60)
+    classes = ("pneumonia", "normal")  # the plan's order need not be the file's
+    assert len(read_embeddings(tmp_path / "features.safetensors", classes, 1024)) == 500
+    assert read_text_features(tmp_path / "prompts.safetensors", classes, 1024)[1] == 100.0
 
 
 @pytest.mark.timeout(240)

@@ -180,3 +180,16 @@ def test_optimiser_is_the_plans(options: Optimizer, kind: type[torch.optim.Optim
         assert optimizer.defaults["momentum"] == 0.9
     else:
         assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.98), 1e-6)
+
+
+def test_linear_probe_beats_its_start_and_moves_no_coordinate_past_lr_times_steps(
+    tower_plan: FederationPlan, task: Task, splits: dict[str, FeatureSet]
+) -> None:
+    method = tower_plan.method.model_copy(update={"name": "linear_probe"})
+    plan = training(tower_plan, local_epochs=10, batch_size=7).model_copy(update={"method": method})
+    state, lr, steps = initial(plan, task), plan.training.optimizer.lr, 10 * 70 // 7
+    update = LocalTrainer(plan, task, splits, CPU).train(state)
+    assert np.abs(update).max() <= lr * steps * 1.0001, "a coordinate_clip of lr · steps cuts nothing of Adam's"
+    result = evaluate(plan, task, splits["test"], add(state, update), CPU)
+    assert result.adapter.correct > result.zero_shot.correct
+    assert evaluate(plan, task, splits["test"], state, CPU).adapter == result.zero_shot

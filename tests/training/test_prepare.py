@@ -18,6 +18,7 @@ from fedclip_secure.config.plan import ExternalModel, FederationPlan
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data.dataset import FeatureSet
 from fedclip_secure.errors import ConfigError, DataError, ModelError
+from fedclip_secure.features.progress import Progress
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.training.evaluate import evaluate
 from fedclip_secure.training.inputs import Inputs, load_inputs
@@ -34,8 +35,8 @@ def silo(data: dict[str, Any], workdir: Path, **changes: Any) -> SiloConfig:
     return SiloConfig.model_validate({"name": "lab", "data": data, "workdir": str(workdir), "device": "cpu", **changes})
 
 
-def silent(done: int, total: int) -> None:
-    assert done <= total
+def silent(progress: Progress) -> None:
+    assert progress.done <= progress.total
 
 
 @pytest.fixture
@@ -161,8 +162,8 @@ def test_real_images_go_from_folder_to_update(
     data = {"format": "folder", "path": str(pacs_mini / "photo")}
     settings = silo(data, tmp_path / "work", weights=str(home / "tower.safetensors"))
     calls: list[tuple[int, int]] = []
-    inputs = load_inputs(settings, contract, lambda done, total: calls.append((done, total)))
-    again = load_inputs(settings, contract, lambda done, total: calls.append((done, total)))
+    inputs = load_inputs(settings, contract, lambda now: calls.append((now.done, now.total)))
+    again = load_inputs(settings, contract, lambda now: calls.append((now.done, now.total)))
     assert (calls[0], calls[-2], calls[-1]) == ((0, 168), (168, 168), (168, 168))
     assert same(inputs, again)
     state = initial_state(prepared)

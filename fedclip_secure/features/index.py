@@ -1,0 +1,127 @@
+"""Which file had which SHA-256 when it was last read, so that an unchanged one is not read again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedclip_secure.errors import DataError
+
+_log = logging.getLogger(__name__)
+_WAIT = 60.0  # seconds that another process's write is waited for
+# A file written twice within one tick of its file system's clock keeps its mtime; FAT's tick, the longest, is two
+# seconds. One that was modified so lately is not put into the index.
+_SETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the index keeps of a file's bytes."""
+
+    path: Path
+    sha256: bytes
+    size: int
+    mtime_ns: int
+    settled: bool  # not modified while it was read, nor shortly before
+
+
+def read_contents(path: Path) -> tuple[Contents, bytes]:
+    """Read a file whole, and look at its size and mtime before and after.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        before = os.fstat(stream.fileno())
+        data = stream.read()
+        after = os.fstat(stream.fileno())
+    same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(data) == after.st_size
+    settled = same and time.time_ns() - after.st_mtime_ns >= _SETTLED_NS
+    return Contents(path, hashlib.sha256(data).digest(), after.st_size, after.st_mtime_ns, settled), data
+
+
+class FileIndex:
+    """A table of (absolute path, size, mtime) -> SHA-256 in one SQLite file.
+
+    It can always be made again from the images: a damaged one is deleted, and all files are read.
+
+    Raises:
+        DataError: it cannot be opened or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{path.parent}: cannot be made ({error.strerror}); check `workdir` in silo.yaml"
+            ) from error
+        with self._told():
+            try:
+                self._open()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:  # no database, or a damaged one
+                _log.warning("%s: is damaged and was deleted; every image is read once more", path)
+                self._connection.close()
+                path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+                self._open()
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._connection.close()
+
+    def known(self, paths: Sequence[Path]) -> list[bytes | None]:
+        """For each of `paths` its SHA-256 where size and mtime are as they were, else None."""
+        # All rows at once: one query for each path takes five times as long, and paths are in memory anyway.
+        with self._told():
+            rows = {row[0]: row[1:] for row in self._connection.execute("SELECT * FROM files")}
+        return [_unchanged(path, rows.get(_name(path))) for path in paths]
+
+    def add(self, files: Iterable[Contents]) -> None:
+        """Keep what was read, but for files that had not settled: those are read again next time."""
+        rows = [(_name(file.path), file.size, file.mtime_ns, file.sha256) for file in files if file.settled]
+        with self._told(), self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+
+    def _open(self) -> None:
+        self._connection = sqlite3.connect(self._path, timeout=_WAIT)
+        self._connection.execute(
+            "CREATE TABLE IF NOT EXISTS files "
+            "(path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB) WITHOUT ROWID"
+        )
+        ((state,),) = self._connection.execute("PRAGMA quick_check(1)").fetchall()
+        if state != "ok":
+            raise sqlite3.DatabaseError(state)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(f"{self._path}: cannot be used ({error}); free space, or delete the file") from error
+
+
+def _unchanged(path: Path, row: tuple[int, int, bytes] | None) -> bytes | None:
+    """The row's SHA-256, where `path` is as it was."""
+    if row is None:
+        return None
+    try:
+        status = path.stat()
+    except OSError:  # reading it will say why
+        return None
+    size, mtime_ns, sha256 = row
+    return sha256 if (size, mtime_ns) == (status.st_size, status.st_mtime_ns) else None
+
+
+def _name(path: Path) -> bytes:
+    return os.fsencode(path.absolute())

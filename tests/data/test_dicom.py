@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from pydicom import dcmread
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels.processing import convert_color_space
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLossless, generate_uid
+
+from fedclip_secure.data import dicom as dicom_reader
+from fedclip_secure.data.folder import read_folder
+from fedclip_secure.data.image import load_image
+from fedclip_secure.errors import ConfigError, DataError
+
+Pixels = npt.NDArray[Any]
+
+
+def dicom(path: Path, pixels: Pixels, syntax: UID = ExplicitVRLittleEndian, **tags: Any) -> Path:
+    """Write `pixels` (H, W) or (H, W, 3) as they are; `tags` replace what the pixels say, None leaves out."""
+    bits = pixels.dtype.itemsize * 8
+    data = pixels.tobytes()
+    file = Dataset()
+    file.file_meta = FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = syntax
+    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = CTImageStorage
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = generate_uid()
+    file.PatientName, file.PatientID = "Doe^Jane", "123"
+    settings = {
+        "Rows": pixels.shape[0],
+        "Columns": pixels.shape[1],
+        "SamplesPerPixel": pixels.shape[2] if pixels.ndim == 3 else 1,
+        "PhotometricInterpretation": "RGB" if pixels.ndim == 3 else "MONOCHROME2",
+        "PlanarConfiguration": 0 if pixels.ndim == 3 else None,
+        "BitsAllocated": bits,
+        "BitsStored": bits,
+        "HighBit": bits - 1,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"),
+        "PixelData": data + b"\0" * (len(data) % 2),
+        **tags,
+    }
+    for name, value in settings.items():
+        if value is not None:
+            setattr(file, name, value)
+    if "PixelData" in file:
+        file["PixelData"].VR = "OW" if bits > 8 else "OB"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+def grey(path: Path, window: tuple[int, int] | None) -> list[int]:
+    image = load_image(path, window)
+    assert image.mode == "RGB"
+    values = np.asarray(image)
+    assert (values == values[..., :1]).all()
+    return [int(value) for value in values[0, :, 0]]
+
+
+def test_window_is_in_rescaled_units(tmp_path: Path) -> None:
+    stored = np.array([[0, 24, 524, 1024, 4000]], np.uint16)
+    path = dicom(tmp_path / "ct.dcm", stored, RescaleSlope="2", RescaleIntercept="-1048")
+    assert grey(path, (-1000, 1000)) == [0, 0, 128, 255, 255]
+
+
+def test_signed_pixels_are_signed(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "ct.dcm", np.array([[-1000, 0, 1000]], np.int16))
+    assert grey(path, (-1000, 1000)) == [0, 128, 255]
+
+
+def test_monochrome1_is_inverted(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "x.dcm", np.array([[0, 255]], np.uint8), PhotometricInterpretation="MONOCHROME1")
+    assert grey(path, (0, 255)) == [255, 0]
+
+
+def test_grey_without_the_plans_window_is_refused(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "ct.dcm", np.array([[-1000, 3000]], np.int16))
+    with pytest.raises(ConfigError, match=r"ct\.dcm: holds grey values from -1000 to 3000.*model\.image_window"):
+        load_image(path, None)
+
+
+COLOUR = np.array([[[255, 0, 0], [0, 255, 0], [10, 20, 200], [90, 90, 90]]], np.uint8)
+
+
+def test_colour_needs_no_window(tmp_path: Path) -> None:
+    assert (np.asarray(load_image(dicom(tmp_path / "a.dcm", COLOUR), None)) == COLOUR).all()
+
+
+def test_colour_in_planes_is_read(tmp_path: Path) -> None:
+    planes = np.ascontiguousarray(COLOUR.transpose(2, 0, 1)).tobytes()
+    path = dicom(tmp_path / "a.dcm", COLOUR, PlanarConfiguration=1, PixelData=planes)
+    assert (np.asarray(load_image(path, None)) == COLOUR).all()
+
+
+def test_ybr_becomes_rgb(tmp_path: Path) -> None:
+    ybr = convert_color_space(COLOUR, "RGB", "YBR_FULL")
+    path = dicom(tmp_path / "a.dcm", ybr, PhotometricInterpretation="YBR_FULL")
+    assert np.abs(np.asarray(load_image(path, None)).astype(int) - COLOUR).max() <= 2
+
+
+def test_jpeg_inside_is_decoded(tmp_path: Path) -> None:
+    inside = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 40)).save(inside, "JPEG")
+    path = dicom(
+        tmp_path / "a.dcm",
+        np.zeros((16, 16, 3), np.uint8),
+        JPEGBaseline8Bit,
+        PhotometricInterpretation="YBR_FULL_422",
+        PixelData=encapsulate([inside.getvalue()]),
+    )
+    assert np.abs(np.asarray(load_image(path, None)).astype(int) - (200, 30, 40)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("tags", "match"),
+    [
+        ({"NumberOfFrames": 2, "PixelData": bytes(8)}, "has 2 frames, and only single-frame"),
+        ({"PixelData": None}, "has no pixel data"),
+        ({"PixelData": bytes(2)}, "its pixels cannot be decoded"),
+        ({"Rows": None}, "cannot be read as an image"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR is not supported"),
+        ({"Rows": 60000, "Columns": 60000}, "has 3600000000 pixels, more than"),
+        ({"RescaleSlope": "0", "RescaleIntercept": "1e400"}, "NaN or infinite|cannot be read"),
+    ],
+)
+def test_file_that_cannot_be_used_is_named(tmp_path: Path, tags: dict[str, Any], match: str) -> None:
+    path = dicom(tmp_path / "a.dcm", np.array([[1, 2]], np.uint16), **tags)
+    with pytest.raises(DataError, match=rf"a\.dcm: .*({match})"):
+        load_image(path, (0, 255))
+
+
+def test_deep_colour_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is colour of 16 bits"):
+        load_image(dicom(tmp_path / "a.dcm", COLOUR.astype(np.uint16)), (0, 255))
+
+
+def test_compression_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    path = dicom(
+        tmp_path / "a.dcm", np.zeros((2, 2), np.uint16), JPEGLossless, PixelData=encapsulate([b"\xff\xd8junk"])
+    )
+    with pytest.raises(DataError, match=r"transfer syntax JPEG Lossless.*export it uncompressed"):
+        load_image(path, (0, 255))
+
+
+@pytest.mark.parametrize("data", [b"", b"no dicom", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICM" + b"\xff" * 60])
+def test_file_that_is_no_dicom_is_named(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.dcm"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.dcm"):
+        load_image(path, (0, 255))
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", np.ones((64, 64), np.uint16))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(DataError, match=r"a\.dcm"):
+        load_image(path, (0, 255))
+
+
+def test_missing_package_is_told_and_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = dicom(tmp_path / "a.dcm", np.ones((2, 2), np.uint16))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedclip-secure\[dicom\]'"):
+        load_image(path, (0, 255))
+
+
+def test_nothing_about_the_patient_is_parsed(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", np.ones((2, 2), np.uint16))
+    found = dicom_reader._parse(path.read_bytes(), path)
+    assert "PatientName" in dcmread(path)
+    assert "PixelData" in found
+    assert "PatientName" not in found
+    assert "PatientID" not in found
+
+
+def test_folders_list_dicom_files(tmp_path: Path) -> None:
+    for name in ("cat/a.DCM", "dog/b.dcm"):
+        dicom(tmp_path / name, np.ones((2, 2), np.uint16))
+    assert [file.path.name for file in read_folder(tmp_path, ("cat", "dog"))] == ["a.DCM", "b.dcm"]

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedclip_secure.data.dataset import ImageFile
+from fedclip_secure.data.manifest import read_manifest, with_patients
+from fedclip_secure.errors import DataError
+
+CLASSES = ("cat", "dog")
+GOOD = "path,label\na.png,cat\nb/c.png,dog\n"
+
+
+def read(tmp_path: Path, text: str | bytes, absent: tuple[str, ...] = ()) -> list[ImageFile]:
+    path = tmp_path / "records.csv"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_manifest(path, Path("/images"), CLASSES, absent)
+
+
+def test_rows_become_images_in_the_files_order(tmp_path: Path) -> None:
+    assert read(tmp_path, "path,label\nb/c.png,dog\na.png,cat\n/abs/d.png,cat\n") == [
+        ImageFile(Path("/images/b/c.png"), 1),
+        ImageFile(Path("/images/a.png"), 0),
+        ImageFile(Path("/abs/d.png"), 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xef\xbb\xbf" + GOOD.encode(),
+        GOOD.replace("\n", "\r\n").encode(),
+        GOOD.rstrip("\n").encode(),
+        GOOD.replace("\n", "\n\n").encode(),
+        b'label,path\r\n"cat","a.png"\r\ndog, b/c.png \r\n',
+    ],
+)
+def test_what_spreadsheets_write_is_read(tmp_path: Path, data: bytes) -> None:
+    assert read(tmp_path, data) == read(tmp_path, GOOD)
+
+
+def test_a_patients_images_share_a_unit_and_others_do_not(tmp_path: Path) -> None:
+    files = read(tmp_path, "path,label,patient\na.png,cat,P 1\nb.png,dog,P 1\nc.png,dog,P 2\n")
+    units = [file.unit for file in files]
+    assert units[0] == units[1] != units[2]
+    assert [len(unit or b"") for unit in units] == [32, 32, 32]
+
+
+def test_unit_depends_on_the_patient_alone(tmp_path: Path) -> None:
+    one = read(tmp_path, "path,label,patient\na.png,cat,p\nb.png,dog,q\n")
+    two = read(tmp_path, "patient,path,label\nq,x.png,cat\np,y.png,dog\n")
+    assert [file.unit for file in one] == [file.unit for file in reversed(two)]
+
+
+def test_every_faulty_row_is_named_with_its_line(tmp_path: Path) -> None:
+    text = "path,label,patient\na.png,cat,p\n,dog,p\nb.png,Dog,p\n./a.png,dog,p\nc.png,dog\nd.png,dog,\n"
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).splitlines()[1:] == [
+        "  line 3: has no path",
+        "  line 4: label 'Dog' is no class of the plan (Dog -> dog?)",
+        "  line 5: path './a.png' stands in line 2 already",
+        "  line 6: has 2 cell(s), must have 3 (path,label,patient); quote text that holds commas",
+        "  line 7: has no patient",
+    ]
+
+
+def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"records\.csv: 12 row\(s\) cannot be used") as caught:
+        read(tmp_path, "path,label\n" + "x.png\n" * 12)
+    assert str(caught.value).count("line ") == 10
+    assert str(caught.value).endswith("and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ("", "found nothing"),
+        ("a.png,cat", r"must be path,label\[,patient\], separated by commas, found a\.png,cat"),
+        ("path;label", "found path;label"),
+        ("path", "found path"),
+        ("path,label,path", "found path,label,path"),
+        ("path,label,patinet", r"\(patinet -> patient\?\); rename or remove"),
+    ],
+)
+def test_header_at_fault_is_told(tmp_path: Path, header: str, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        read(tmp_path, f"{header}\na.png,cat\n" if header else "")
+
+
+def test_manifest_without_rows_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no rows below its header"):
+        read(tmp_path, "path,label\n")
+
+
+def test_class_without_images_is_told_unless_named_absent(tmp_path: Path) -> None:
+    text = "path,label\na.png,cat\n"
+    with pytest.raises(DataError, match=r"no image of class\(es\) dog; add some, or .*absent_classes"):
+        read(tmp_path, text)
+    assert len(read(tmp_path, text, ("dog",))) == 1
+    with pytest.raises(DataError, match=r"absent_classes.*Dog -> dog"):
+        read(tmp_path, text, ("Dog",))
+
+
+def test_file_that_is_no_utf8_csv_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not UTF-8 \(byte 12\); export it as CSV UTF-8"):
+        read(tmp_path, b"path,label\n\xe4\xff.png,cat\n".replace(b"\xe4", b"a"))
+    with pytest.raises(DataError, match="line 2 is not CSV"):
+        read(tmp_path, 'path,label\n"a"x.png,cat\n')
+    with pytest.raises(DataError, match=r"gone\.csv: cannot be read \(No such file"):
+        read_manifest(tmp_path / "gone.csv", tmp_path, CLASSES)
+
+
+def test_images_of_a_folder_get_their_patients(tmp_path: Path) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text("path,patient\ncat/a.png,p\ndog/b.png,p\ncat/not-here.png,q\n")
+    root = tmp_path / "images"
+    files = [ImageFile(root / "cat/a.png", 0), ImageFile(root / "dog/b.png", 1)]
+    found = with_patients(files, path, root)
+    assert found[0].unit is not None
+    assert found[0].unit == found[1].unit
+    assert [file.label for file in found] == [0, 1]
+
+
+def test_image_without_a_patient_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text("path,patient\na.png,p\n")
+    files = [ImageFile(tmp_path / name, 0) for name in ("a.png", "b.png", "c.png")]
+    with pytest.raises(DataError, match=r"names no patient for 2 image\(s\), first .*b\.png"):
+        with_patients(files, path, tmp_path)
+    path.write_text("path,label\na.png,cat\n")
+    with pytest.raises(DataError, match="must be path,patient,"):
+        with_patients(files, path, tmp_path)
