@@ -44,7 +44,8 @@ def init(folder: Path, name: str, hosts: str, port: int) -> None:
 
     home = init_home(folder, parse_name(name), [host.strip() for host in hosts.split(",") if host.strip()], port)
     out.print(
-        f"made {folder}/: authority/ (keep its key offline if you can), server/ and federation.yaml", markup=False
+        f"made {folder}/: authority/ (whoever has its key can name silos: keep it safe), server/ and federation.yaml",
+        markup=False,
     )
     out.print(f"next: edit {home.plan_path}, then run `fedclip-agg prepare --dir {folder}`", markup=False)
 

@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from fedclip_secure.config.fields import CONTROL
 from fedclip_secure.errors import FedClipError
@@ -59,8 +60,8 @@ class Group(click.Group):
 
 def say(text: str) -> None:
     """One line of progress, with the time."""
-    out.print(f"[dim]{time.strftime('%m-%d %H:%M:%S')}[/] ", end="")
-    out.print(printable(text), markup=False)
+    # One print: a bar that is shown at the same time would come between two.
+    out.print(Text.assemble((time.strftime("%m-%d %H:%M:%S"), "dim"), " ", printable(text)))
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Home:
 
     @property
     def authority_folder(self) -> Path:
-        """The CA. Its key is only needed to enrol silos."""
+        """The CA. Its key signs the silos' certificates; `serve` uses it to enrol them."""
         return self.folder / "authority"
 
     @property
