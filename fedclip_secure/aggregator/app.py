@@ -37,6 +37,7 @@ LONG_POLL = 25.0  # seconds; proxies cut longer silences
 MAX_BODY = 16 * 2**10 + MAX_SILOS * 4096  # bytes: the largest message is stage 1 of a full roster
 _MAX_ENROL = 8 * 2**10  # bytes; from anybody, so no more than a token and a request need
 _CHUNK = 2**18  # bytes
+_FREEZE_POLL = 0.2  # seconds
 _STAGES = {
     "key-ads": Phase.JOIN,
     "bundles": Phase.SHARE,
@@ -128,8 +129,11 @@ async def get_opening(request: web.Request) -> web.Response:
     """Long-poll: the next attempt after the one that the silo knows, or why there is none."""
     silo, server = _caller(request), request.app[_SERVER]
     after, idle = number(request.query.get("after", "0")), request.query.get("idle") == "1"
+    end = time.monotonic() + LONG_POLL
+    # Silos that wait for the freeze must count as present once it comes.
+    while server.rounds is None and time.monotonic() < end:
+        await asyncio.sleep(_FREEZE_POLL)
     if server.rounds is None:
-        await asyncio.sleep(1)
         return _cbor(OpeningAnswer(state="waiting", reason="the coordinator has not frozen the roster yet").encode())
     rounds = server.rounds
     rounds.presence.seen(silo, idle=idle)

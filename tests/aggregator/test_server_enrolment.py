@@ -12,6 +12,7 @@ from fedclip_secure.aggregator.home import freeze
 from fedclip_secure.errors import TransportError, TrustError
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
+from fedclip_secure.silo.link import Link
 from fedclip_secure.transport.enrolment import enroll
 from tests.aggregator.site import NAMES, Site
 
@@ -34,8 +35,6 @@ def test_a_silo_enrols_once_and_the_same_request_gets_the_same_certificate_again
             assert (refusal.value.status, refusal.value.code) == (403, "refused")
             site.identities["lab-a"] = first
             async with site.client("lab-a") as client:
-                answer = await client.get("/v1/opening")
-                assert b"has not frozen the roster yet" in answer.body
                 with pytest.raises(TransportError) as early:
                     await client.get("/v1/contract")
                 assert (early.value.status, early.value.code) == (409, "early")
@@ -117,3 +116,19 @@ def test_status_tells_how_far_a_federation_is(tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert site.status().state == "running"  # stopped, and not over
+
+
+def test_a_silo_that_waits_for_the_freeze_counts_as_present_once_it_comes(tmp_path: Path) -> None:
+    site = Site.create(tmp_path)
+    for name in NAMES[:4]:
+        site.enrol(name)
+
+    async def run() -> None:
+        async with site.serving(), site.client("lab-d") as client:
+            waiting = asyncio.create_task(Link(client).opening(0, idle=False))
+            await asyncio.sleep(0.3)
+            freeze(site.home)
+            assert (await waiting).state == "open"
+            assert [silo for silo, _ in site.rows("SELECT silo, seen_at FROM presence")] == ["lab-d"]
+
+    asyncio.run(run())
