@@ -43,7 +43,7 @@ from fedclip_secure.training.prepare import prepare
 IMAGES, RUNS, SMALL_FILES = 256, 3, 100_000
 FRACTION_LIMIT = 0.9  # of the forward's images/s
 UNCHANGED_LIMIT = 5.0  # seconds, imports left out
-_DATA = os.environ.get("FEDCLIP_PACS_MINI", "")
+_DATA = os.environ.get("FEDCLIP_PACS_MINI", str(Path(__file__).parents[2] / "shared/data/pacs-mini"))
 _CLASSES = ("cat", "dog")
 _VIT = open_clip.get_model_config("ViT-B-32")
 _TINY = {

@@ -29,10 +29,9 @@ from fedclip_secure.secagg.messages import (
     open_message,
     share_transcript,
     survivors_hash,
-    vector_hash,
 )
 from fedclip_secure.secagg.opening import Opening
-from fedclip_secure.secagg.outcome import Outcome, compute_outcome
+from fedclip_secure.secagg.outcome import Outcome, compute_outcome, result_of
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.sealing import BodyOpener, SealKey
 from fedclip_secure.secagg.silo_session import Ciphertexts
@@ -195,18 +194,7 @@ class AggregatorSession:
         """
         ad = self._opening.ad
         outcome = compute_outcome(self._terms, ad.round, old, total, tuple(self.uploads))
-        self._expected = Result(
-            plan=ad.plan,
-            roster=ad.roster,
-            round=ad.round,
-            start=ad.model,
-            transcript=self._transcript2,
-            survivors=self._survivors,
-            sum=vector_hash(total),
-            model=outcome.model.digest,
-            correct=outcome.correct,
-            total=outcome.total,
-        )
+        self._expected = result_of(ad, self._transcript2, self._survivors, total, outcome)
         return outcome
 
     def _open(

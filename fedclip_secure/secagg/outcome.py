@@ -9,6 +9,7 @@ import numpy as np
 
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
+from fedclip_secure.secagg.messages import Result, ServerAd, vector_hash
 from fedclip_secure.secagg.ring import Total, Words, read_total
 from fedclip_secure.secagg.terms import Terms
 
@@ -45,6 +46,22 @@ def compute_outcome(
         # The next round would start from the same model, over which every silo adds its vector only once.
         raise ProtocolError("unmoved", "the round moved no parameter; the plan's training.optimizer.lr is too small")
     return Outcome(AdapterState(old.layout, vector), tuple(survivors), total.weight, total.correct, total.total)
+
+
+def result_of(ad: ServerAd, transcript2: bytes, survivors: bytes, words: Words, outcome: Outcome) -> Result:
+    """What every party must sign, or expect to be signed, of the same sum."""
+    return Result(
+        plan=ad.plan,
+        roster=ad.roster,
+        round=ad.round,
+        start=ad.model,
+        transcript=transcript2,
+        survivors=survivors,
+        sum=vector_hash(words),
+        model=outcome.model.digest,
+        correct=outcome.correct,
+        total=outcome.total,
+    )
 
 
 def _check_weights(terms: Terms, total: Total, survivors: Sequence[str]) -> None:

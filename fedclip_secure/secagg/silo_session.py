@@ -34,7 +34,6 @@ from fedclip_secure.secagg.messages import (
     KeyAd,
     PairKey,
     PeerShare,
-    Result,
     Sign,
     Signed,
     Unmask,
@@ -47,7 +46,7 @@ from fedclip_secure.secagg.messages import (
     vector_hash,
 )
 from fedclip_secure.secagg.opening import Opening
-from fedclip_secure.secagg.outcome import Outcome, compute_outcome
+from fedclip_secure.secagg.outcome import Outcome, compute_outcome, result_of
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.terms import Terms
 
@@ -244,18 +243,7 @@ class SiloSession:
         if old.digest != self._opening.ad.model:
             raise ValueError("the round did not start from this model")
         outcome = compute_outcome(self._terms, self._opening.ad.round, old, total, tuple(self._uploads))
-        body = Result(
-            plan=self._terms.plan,
-            roster=self._terms.roster.digest,
-            round=self._opening.ad.round,
-            start=self._opening.ad.model,
-            transcript=self._transcript2,
-            survivors=self._survivors,
-            sum=vector_hash(total),
-            model=outcome.model.digest,
-            correct=outcome.correct,
-            total=outcome.total,
-        )
+        body = result_of(self._opening.ad, self._transcript2, self._survivors, total, outcome)
         return self._sign_body(body), outcome
 
     def _advance(self, expected: Stage, to: Stage) -> None:
