@@ -31,6 +31,22 @@ def write_atomically(path: Path, data: bytes | memoryview, mode: int = 0o644) ->
         raise DataError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """Write what a person asked for: through links, and into a device or pipe as it stands, else atomically.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    target = path.resolve()
+    if target.is_file() or not target.exists():
+        write_atomically(target, data)
+        return
+    try:
+        target.write_bytes(data)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Put a folder's entries on the disk, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import DataError
-from fedclip_secure.files import write_atomically
+from fedclip_secure.files import write_atomically, write_output
 
 
 def test_file_is_written_whole_with_its_folders_and_mode(tmp_path: Path) -> None:
@@ -39,3 +39,15 @@ def test_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         write_atomically(tmp_path / name, b"new")
     assert (tmp_path / name).read_bytes() == b"old"
+
+
+def test_output_goes_through_links_and_into_what_is_no_file_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "target.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    write_output(tmp_path / "link.csv", b"new")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "target.csv").read_text() == "new"
+    write_output(Path("/dev/null"), b"gone")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(DataError, match="cannot be written"):
+        write_output(tmp_path, b"a folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,9 +167,13 @@ def demo(folder: Path | None, as_json: bool, **chosen: Any) -> None:
     from fedclip_secure.demo.conduct import Telling, conduct
     from fedclip_secure.demo.scene import Options
 
-    folder = folder or Path("fedclip-demo", time.strftime("%Y%m%d-%H%M%S"))
-    with ending_in_order(), run_progress(quiet=as_json) as show:
-        outcome = conduct(Options(out=folder, **chosen), Telling((lambda _: None) if as_json else say, show))
+    folder = folder or Path("fedclip-demo", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    try:
+        with ending_in_order(), run_progress(quiet=as_json) as show:
+            outcome = conduct(Options(out=folder, **chosen), Telling((lambda _: None) if as_json else say, show))
+    except KeyboardInterrupt:
+        click.echo(f"stopped; no process runs on. What there was lies in {folder}", err=True)
+        click.get_current_context().exit(130)
     if as_json:
         click.echo(json.dumps(outcome.as_json()))
     else:

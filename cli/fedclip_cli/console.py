@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
 import signal
 import time
@@ -38,6 +39,9 @@ class Command(click.Command):
             _print_error(str(error))
             context.exit(error.exit_code)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EPIPE) and error.filename is None:
+                _print_error(f"standard output cannot be written: {error.strerror}")
+                context.exit(1)
             if error.filename is None:  # not a file that a person could do something about
                 raise
             _print_error(f"{error.filename}: {error.strerror}; check its owner and permissions")

@@ -72,8 +72,8 @@ def print_demo(outcome: Outcome, folder: Path) -> None:
         name = site.name
         table.add_row(Text(name), *(_percent(x[name]) for x in (found.zero_shot, found.local_only, found.federated)))
     if scene.unseen is not None:
-        name, alone = scene.unseen.name, list(found.local_only_at_unseen.values())
-        mean = f"{_percent(sum(alone) / len(alone))} (mean)"
+        name, alone = scene.unseen.name, [share for share in found.local_only_at_unseen.values() if share is not None]
+        mean = f"{_percent(sum(alone) / len(alone))} (mean)" if alone else "-"
         table.add_row(Text(f"{name}, unseen"), _percent(found.zero_shot[name]), mean, _percent(found.federated[name]))
     out.print(table)
     out.print(
@@ -88,5 +88,5 @@ def print_demo(outcome: Outcome, folder: Path) -> None:
     out.print(f"{outcome.seconds:.0f} s; adapters, logs and certificates lie in {folder}", markup=False)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

@@ -15,7 +15,7 @@ from fedclip_cli.evaluation import KINDS, Measured, evaluation_json, print_evalu
 from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.config.silo import Precision, SiloConfig, for_extraction, read_silo, write_silo
 from fedclip_secure.errors import ConfigError, DataError, TrustError
-from fedclip_secure.files import write_atomically
+from fedclip_secure.files import write_output
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import spki_sha256
@@ -190,7 +190,7 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
     if output == "-":
         click.echo(to_csv(found), nl=False)
     else:
-        write_atomically(Path(output), to_csv(found))
+        write_output(Path(output), to_csv(found))
         out.print(f"{len(found.paths)} prediction(s) in {output}", markup=False)
     if found.broken:
         listed = "".join(f"\n  {image.reason}" for image in found.broken)

@@ -129,6 +129,8 @@ def _columns(path: Path, header: list[str], needed: Sequence[str], optional: Seq
 def _fault(cells: list[str], columns: Sequence[str]) -> str | None:
     if len(cells) != len(columns):
         return f"has {len(cells)} cell(s), must have {len(columns)} ({','.join(columns)}); quote text that holds commas"
+    if not all(cell.isprintable() for cell in cells):
+        return "holds control characters"
     empty = [name for name, cell in zip(columns, cells, strict=True) if not cell]
     return f"has no {' and no '.join(empty)}" if empty else None
 

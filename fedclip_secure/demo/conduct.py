@@ -13,12 +13,14 @@ from typing import Any
 from fedclip_secure.aggregator.home import Home, freeze, init_home, invite
 from fedclip_secure.aggregator.status import RunStatus, read_status
 from fedclip_secure.config.lock import Contract, write_lock
+from fedclip_secure.config.plan import MethodPlan
 from fedclip_secure.config.silo import FolderData, SiloConfig, write_config
-from fedclip_secure.demo.crew import Crew, free_port, wait_for_port
+from fedclip_secure.demo.crew import Crew, free_port, log_of, wait_for_port, without_proxies
 from fedclip_secure.demo.measure import Accuracies, measure
-from fedclip_secure.demo.scene import FEDERATION, Options, Scene, Site, set_scene, write_plan
+from fedclip_secure.demo.scene import FEDERATION, Options, Scene, Site, check_data, set_scene, write_plan
 from fedclip_secure.errors import ConfigError, TransportError
 from fedclip_secure.files import write_atomically
+from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.messages import Upload, sign_message
 from fedclip_secure.secagg.sealing import sealed_body_size
@@ -28,6 +30,7 @@ from fedclip_secure.silo.pins import Accepted, save_accepted
 from fedclip_secure.training.prepare import prepare
 from fedclip_secure.transport.enrolment import enroll
 
+_SERVER = "aggregator"  # a name that no silo can have
 _LOOK = 0.25  # seconds between two looks at the run
 _INVITATION = 600.0  # seconds that a token of the demo can be used
 
@@ -81,23 +84,27 @@ def conduct(options: Options, telling: Telling) -> Outcome:
         TransportError: a process ended with an error; its log is named.
     """
     began = time.monotonic()
+    find_method(MethodPlan(name=options.method))
+    check_data(options)
     _claim(options.out)
     telling.say("drawing the labs" if options.data is None else f"looking at {options.data}")
     scene = set_scene(options)
     home, contract, port = _coordinate(options, scene)
     threads = max(1, (os.cpu_count() or 1) // len(scene.training))
-    with Crew(threads) as crew:
-        crew.start("serve", "fedclip-agg", "serve", "--listen", f"127.0.0.1:{port}", folder=home.folder)
-        wait_for_port(port, options.out / "serve.log")
+    with without_proxies(), Crew(threads) as crew:
+        crew.start(_SERVER, "fedclip-agg", "serve", "--listen", f"127.0.0.1:{port}", folder=home.folder)
+        wait_for_port(port, log_of(home.folder))
         telling.say("enrolling: each silo makes its key, and gets a certificate for a one-time token")
         for site in scene.training:
             _enrol(options.out, home, contract, scene, site)
         accepted = Accepted(contract, freeze(home)[1])
         for site in scene.training:
-            path = options.out / site.name / "silo.yaml"
-            save_accepted(path, _config(options.out, scene, site), accepted, None)
-            crew.start(site.name, "fedclip-silo", "train", folder=path.parent)
-        telling.say(f"{len(scene.training)} silos train, each a process, over mutual TLS; logs in {options.out}")
+            folder = _folder(options.out, site)
+            save_accepted(folder / "silo.yaml", _config(options.out, scene, site), accepted, None)
+            crew.start(site.silo, "fedclip-silo", "train", folder=folder)
+        telling.say(
+            f"{len(scene.training)} silos train, each a process, over mutual TLS; logs in {options.out / 'silos'}"
+        )
         killed = _watch(crew, home, scene, options, telling)
     telling.say("measuring")
     outcome = _outcome(options, scene, home, accepted, killed)
@@ -107,7 +114,14 @@ def conduct(options: Options, telling: Telling) -> Outcome:
 def _claim(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: is not an empty folder; choose another")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from error
+
+
+def _folder(out: Path, site: Site) -> Path:
+    return (out / "silos" / site.silo).resolve()
 
 
 def _coordinate(options: Options, scene: Scene) -> tuple[Home, Contract, int]:
@@ -122,8 +136,8 @@ def _coordinate(options: Options, scene: Scene) -> tuple[Home, Contract, int]:
 
 
 def _enrol(out: Path, home: Home, contract: Contract, scene: Scene, site: Site) -> None:
-    folder = out / site.name
-    folder.mkdir(exist_ok=True)
+    folder = _folder(out, site)
+    folder.mkdir(parents=True)
     write_config(folder / "silo.yaml", _config(out, scene, site))
     token = invite(home, site.silo, _INVITATION)
     asyncio.run(enroll(contract.plan.server, token, folder / "identity", lambda *_: None))
@@ -131,7 +145,7 @@ def _enrol(out: Path, home: Home, contract: Contract, scene: Scene, site: Site) 
 
 def _config(out: Path, scene: Scene, site: Site) -> SiloConfig:
     data = FolderData(format="folder", path=str(site.images), absent_classes=scene.absent(site))
-    folder = (out / site.name).resolve()
+    folder = _folder(out, site)
     return SiloConfig(
         name=site.silo, data=data, identity=str(folder / "identity"), workdir=str(folder / "work"), device="auto"
     )
@@ -149,16 +163,23 @@ def _watch(crew: Crew, home: Home, scene: Scene, options: Options, telling: Tell
         status = read_status(home, time.time())
         telling.show(status)
         if victim is not None and not killed and _in_the_middle(status, victim):
-            crew.kill(victim.name)
+            crew.kill(victim.silo)
             killed = True
             telling.say(f"killed {victim.name} in round {status.round}, at stage {status.stage}")
         running = [site for site in scene.training if not (killed and site == victim)]
-        for name in ["serve", *(site.name for site in running)]:
+        folders = {_SERVER: home.folder, **{site.silo: _folder(options.out, site) for site in running}}
+        for name, folder in folders.items():
             if crew.ended(name) not in (None, 0):
-                raise TransportError(f"{name} ended with an error; {options.out / name}.log says why")
-        if all(crew.ended(site.name) == 0 for site in running):
+                raise TransportError(f"{name} ended with an error: {_last_words(log_of(folder))}")
+        if all(crew.ended(site.silo) == 0 for site in running):
             return victim
         time.sleep(0.01 if victim is not None and not killed else _LOOK)
+
+
+def _last_words(log: Path) -> str:
+    """The error at the end of a log, and where it stands."""
+    text = log.read_text("utf-8", errors="replace")
+    return f"{text.rpartition('error: ')[2].strip()[-800:]}\n(all of it: {log})"
 
 
 def _in_the_middle(status: RunStatus, victim: Site) -> bool:
@@ -169,8 +190,8 @@ def _in_the_middle(status: RunStatus, victim: Site) -> bool:
 
 def _outcome(options: Options, scene: Scene, home: Home, accepted: Accepted, victim: Site | None) -> Outcome:
     terms = Terms.of(accepted.contract, accepted.roster)
-    names = [site.name for site in (*scene.training, *([scene.unseen] if scene.unseen else []))]
-    workdirs = {name: options.out / name / "work" for name in names}
+    sites = (*scene.training, *([scene.unseen] if scene.unseen else []))
+    workdirs = {site.name: _folder(options.out, site) / "work" for site in sites}
     status = read_status(home, time.time())
     survivor = next(site for site in scene.training if site != victim)
     start = AdapterState.from_safetensors(home.initial_path.read_bytes(), terms.layout, str(home.initial_path))

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +23,7 @@ class Crew:
 
     def __init__(self, threads: int) -> None:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NO_PROXY": "localhost,127.0.0.1"}
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     def __enter__(self) -> Crew:
         return self
@@ -41,9 +43,11 @@ class Crew:
                 process.wait()
 
     def start(self, name: str, program: str, *arguments: str, folder: Path) -> None:
-        """Start an installed program in `folder`; what it prints goes to `<name>.log` beside the folder."""
+        """Start an installed program in `folder`; what it prints goes to `<folder>.log` beside it."""
+        if name in self._processes:
+            raise ValueError(f"{name} runs already")
         command = [str(Path(sysconfig.get_path("scripts"), program)), *arguments]
-        with (folder.parent / f"{name}.log").open("wb") as log:
+        with log_of(folder).open("wb") as log:
             self._processes[name] = subprocess.Popen(  # noqa: S603 - our own programs
                 command,
                 cwd=folder,
@@ -63,6 +67,21 @@ class Crew:
     def ended(self, name: str) -> int | None:
         """The exit code of a process, or None while it runs."""
         return self._processes[name].poll()
+
+
+def log_of(folder: Path) -> Path:
+    """Where the output of the program that runs in `folder` goes."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+@contextmanager
+def without_proxies() -> Iterator[None]:
+    """Everything is on this machine, and no proxy would find it there: for this process and those that it starts."""
+    removed = {key: os.environ.pop(key) for key in list(os.environ) if key.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
 
 
 def free_port() -> int:

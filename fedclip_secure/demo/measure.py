@@ -22,12 +22,12 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Accuracies:
-    """Shares of records classified right, 0..1, by site."""
+    """Shares of records classified right, 0..1, by site; None where a site is too small to have test records."""
 
-    zero_shot: dict[str, float]
-    local_only: dict[str, float]
-    federated: dict[str, float]
-    local_only_at_unseen: dict[str, float]
+    zero_shot: dict[str, float | None]
+    local_only: dict[str, float | None]
+    federated: dict[str, float | None]
+    local_only_at_unseen: dict[str, float | None]
 
 
 def measure(
@@ -79,10 +79,14 @@ def _rounds_alone(contract: Contract, inputs: Inputs, state: AdapterState) -> Ad
     return state
 
 
-def _compare(contract: Contract, task: Task, records: FeatureSet, state: AdapterState) -> tuple[float, float]:
+def _compare(
+    contract: Contract, task: Task, records: FeatureSet, state: AdapterState
+) -> tuple[float | None, float | None]:
     """Accuracy of zero-shot and of `state`."""
+    if not len(records):
+        return None, None
     result = evaluate(contract.plan, task, records, state, _CPU)
-    return result.zero_shot.correct / result.zero_shot.total, result.adapter.correct / result.adapter.total
+    return result.zero_shot.accuracy, result.adapter.accuracy
 
 
 def _whole(inputs: Inputs) -> FeatureSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import yaml
 from fedclip_secure.data import synthetic
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.files import write_atomically
-from fedclip_secure.names import MIN_SILOS
+from fedclip_secure.names import AGGREGATOR, MIN_SILOS
 
 FEDERATION = "demo"
 UNSEEN = "willow"  # of the drawn labs
 ROUNDS = 20
+MOST_SILOS = 50
 KILL_NEEDS = 4  # silos: with three, none may be absent from a round
 
 
@@ -44,7 +46,8 @@ class Site:
     @property
     def silo(self) -> str:
         """A name that certificates take."""
-        return re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-")[:63]
+        plain = re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-")[:63]
+        return plain or f"site-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,21 @@ class Scene:
     def absent(self, site: Site) -> list[str]:
         """Classes of which a site has no images."""
         return [kind for kind in self.classes if not any((site.images / kind).glob("[!.]*"))]
+
+
+def check_data(options: Options) -> None:
+    """Refuse what can be refused before anything is written.
+
+    Raises:
+        ConfigError: as `set_scene`; or the output would become a site.
+    """
+    if options.data is None:
+        if options.unseen not in (None, *synthetic.LABS):
+            raise ConfigError(f"--unseen {options.unseen}: the drawn labs are {', '.join(synthetic.LABS)}")
+        return
+    if options.out.resolve().is_relative_to(options.data.resolve()):
+        raise ConfigError(f"--out {options.out}: lies inside --data {options.data}; choose a folder outside")
+    set_scene(options)
 
 
 def set_scene(options: Options) -> Scene:
@@ -114,6 +132,12 @@ def _scene(options: Options, folder: Path, unseen: str | None, classes: dict[str
             f"{len(training)} site(s) of {folder} would train; {max(least, options.silos or 0)} are needed"
             + (" to kill one" if options.kill_one else "")
         )
+    if len(training) > MOST_SILOS:
+        raise ConfigError(
+            f"{len(training)} sites of {folder} would train, each a process; at most {MOST_SILOS}: --silos"
+        )
+    if not all(str(site.images).isprintable() and site.silo != AGGREGATOR for site in sites):
+        raise ConfigError(f"{folder}: a site's name holds control characters or is {AGGREGATOR!r}; rename it")
     if len({site.silo for site in training}) != len(training):
         raise ConfigError(f"{folder}: two sites would get the same name in a certificate; rename one")
     return Scene(tuple(training), next((s for s in sites if s.name == unseen), None), classes, template)

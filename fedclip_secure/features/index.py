@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +40,12 @@ def read_contents(path: Path) -> tuple[Contents, bytes]:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as stream:
+    with os.fdopen(
+        os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb"
+    ) as stream:  # opening a FIFO would wait for its writer
         before = os.fstat(stream.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
         data = stream.read()
         after = os.fstat(stream.fileno())
     same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(data) == after.st_size

@@ -132,3 +132,8 @@ def test_image_without_a_patient_is_named(tmp_path: Path) -> None:
     path.write_text("path,label\na.png,cat\n")
     with pytest.raises(DataError, match="must be path,patient,"):
         with_patients(files, path, tmp_path)
+
+
+def test_a_path_with_control_characters_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 2: holds control characters"):
+        read(tmp_path, "path,label\na\x00.png,cat\n")

@@ -36,7 +36,8 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.timeout(200)
-def test_the_demo_ends_with_one_object_that_says_all(tmp_path: Path) -> None:
+def test_the_demo_ends_with_one_object_that_says_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "https_proxy", "http://127.0.0.1:9")  # nothing listens there
     printed = run(BIN / "fedclip-agg", "demo", "--rounds", "2", "--out", "out", "--json", cwd=tmp_path, timeout=180)
     found = json.loads(printed.splitlines()[-1])
     assert (found["federation"], found["rounds_completed"], found["masked"]) == ("demo", 2, True)
@@ -46,7 +47,7 @@ def test_the_demo_ends_with_one_object_that_says_all(tmp_path: Path) -> None:
     assert set(found["accuracy"]["zero_shot"]) == set(found["accuracy"]["federated"]) == labs
     assert set(found["accuracy"]["local_only"]) == set(found["accuracy"]["local_only_at_unseen"]) == set(found["silos"])
     assert found["update_bytes"] > 4 * found["parameters"]
-    adapter = tmp_path / "out" / "birch" / "work" / "adapters" / "last.json"
+    adapter = tmp_path / "out" / "silos" / "birch" / "work" / "adapters" / "last.json"
     assert json.loads(adapter.read_text())["model_digest"] == found["model_digest"]
 
 
@@ -65,6 +66,7 @@ def test_a_demo_that_is_stopped_leaves_no_process(tmp_path: Path, number: signal
         time.sleep(0.1)
         assert [pid for pid in started if alive(pid)] == []
         assert "Traceback" not in (tmp_path / "demo.log").read_text()
+        assert "stopped; no process runs on" in (tmp_path / "demo.log").read_text()
     finally:
         demo.kill()
         demo.wait()

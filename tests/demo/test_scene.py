@@ -7,7 +7,7 @@ from PIL import Image
 
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.demo.scene import Options, set_scene, write_plan
+from fedclip_secure.demo.scene import Options, check_data, set_scene, write_plan
 from fedclip_secure.errors import ConfigError
 
 
@@ -68,3 +68,26 @@ def test_the_plan_of_the_demo_is_a_plan(tmp_path: Path) -> None:
     write_plan(tmp_path / "federation.yaml", set_scene(options), options, "https://localhost:8443")
     plan = read_model(tmp_path / "federation.yaml", FederationPlan)
     assert (plan.training.rounds, plan.method.name, plan.model.name) == (3, "linear_probe", "fedclip-tiny")
+
+
+def test_output_inside_the_data_would_become_a_site(tmp_path: Path) -> None:
+    data = sites(tmp_path / "data", "a", "b", "c")
+    with pytest.raises(ConfigError, match="lies inside --data"):
+        check_data(Options(out=data / "out", data=data))
+
+
+def test_an_unknown_drawn_lab_is_told_before_anything_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--unseen x: the drawn labs are birch, cedar"):
+        check_data(Options(out=tmp_path / "out", unseen="x"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_site_s_name_in_another_script_gets_one_that_certificates_take(tmp_path: Path) -> None:
+    scene = set_scene(Options(out=tmp_path, data=sites(tmp_path / "data", "東京", "b", "c")))
+    assert [site.silo.startswith("site-") for site in scene.training] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "aggregator"])
+def test_names_that_cannot_be_are_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="holds control characters or is 'aggregator'"):
+        set_scene(Options(out=tmp_path, data=sites(tmp_path / "data", name, "b", "c")))

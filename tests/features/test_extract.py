@@ -274,3 +274,12 @@ def test_real_images_are_extracted(run: Runs, pacs_mini: Path) -> None:
     found = run(files, batch_size=64)
     assert found.image_features.shape == (168, 64)
     assert np.bincount(found.labels).tolist() == [24] * 7
+
+
+def test_absolute_and_relative_paths_may_stand_together(
+    encoder: Encoder, files: list[ImageFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mixed = [ImageFile(Path("images/0.png"), 0), files[1]]
+    found = extract(mixed, encoder, tmp_path / "store", lambda _: None, ExtractOptions())
+    assert len(found.features) == 2

@@ -99,3 +99,9 @@ def test_index_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "store/files.sqlite").mkdir(parents=True)
     with pytest.raises(DataError, match=r"files\.sqlite: cannot be used"):
         FileIndex(tmp_path / "store/files.sqlite")
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match="no regular file"):
+        read_contents(tmp_path / "pipe.png")
