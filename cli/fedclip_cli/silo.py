@@ -151,7 +151,7 @@ def evaluate(path: Path, adapter: str | None, split: str, as_json: bool) -> None
     folder = adapter_folder(Path(config.workdir))
     files = {kind: folder / f"{kind}.safetensors" for kind in ([adapter] if adapter else KINDS)}
     states = {kind: load_adapter(file, terms) for kind, file in files.items()}
-    rounds = {kind: read_round(file) for kind, file in files.items()}
+    rounds = {kind: read_round(file, states[kind]) for kind, file in files.items()}
     inputs = _load(config, accepted, quiet=as_json)
     records, device = inputs.splits[split], choose_device(config.device)
     results = []

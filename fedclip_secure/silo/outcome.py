@@ -89,15 +89,18 @@ def load_adapter(path: Path, terms: Terms) -> AdapterState:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_round(path: Path) -> int:
-    """After how many rounds the adapter at `path` was taken: `after_round` of the card beside it.
+def read_round(path: Path, state: AdapterState) -> int:
+    """After how many rounds the adapter `state`, read from `path`, was taken: by the card beside it.
 
     Raises:
-        DataError: the card is missing or damaged.
+        DataError: the card is missing, damaged, or another adapter's.
     """
     card = path.with_suffix(".json")
     try:
-        return int(json.loads(card.read_text("utf-8"))["after_round"])
+        read = json.loads(card.read_text("utf-8"))
+        if read["model_digest"] != state.digest.hex():
+            raise DataError(f"{card}: is the card of another adapter than {path}; restore the two together")
+        return int(read["after_round"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{card}: cannot be read as an adapter's card; `fedclip-silo train` writes it anew") from error
 

@@ -56,7 +56,8 @@ def make_home(folder: Path, tower: Path, images: Path, plan: FederationPlan) -> 
     last = AdapterState(layout, (start.vector + 0.02 * np.sin(np.arange(layout.size))).astype(np.float32))
     for kind, state, after in (("best", start, 0), ("last", last, 2)):
         (adapters / f"{kind}.safetensors").write_bytes(state.to_safetensors())
-        (adapters / f"{kind}.json").write_text(json.dumps({"after_round": after}))
+        card = {"after_round": after, "model_digest": state.digest.hex()}
+        (adapters / f"{kind}.json").write_text(json.dumps(card))
     return Home(folder)
 
 
@@ -113,6 +114,12 @@ def test_evaluation_as_json_keeps_its_keys_and_adds_the_adapters(home: Home) -> 
 def test_adapter_without_its_card_is_named(home: Home) -> None:
     (home.folder / "work" / "adapters" / "last.json").write_text("[]")
     home.refused(r"last\.json: cannot be read as an adapter's card; `fedclip-silo train` writes it anew", "evaluate")
+
+
+def test_the_card_of_another_adapter_is_not_believed(home: Home) -> None:
+    adapters = home.folder / "work" / "adapters"
+    adapters.joinpath("best.json").write_bytes(adapters.joinpath("last.json").read_bytes())
+    home.refused(r"best\.json: is the card of another adapter than .*best\.safetensors", "evaluate")
 
 
 def test_predict_agrees_with_evaluate_on_the_same_images(home: Home, photos: Path) -> None:
