@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedclip_secure.config.lock import Contract
 from fedclip_secure.data.dataset import Counts
 from fedclip_secure.errors import DataError, ProtocolError, TrustError
 from fedclip_secure.model.state import AdapterState
@@ -45,13 +44,7 @@ class Party:
     """Who takes part in what."""
 
     identity: Identity
-    contract: Contract
     terms: Terms
-
-    @property
-    def weight_cap(self) -> int:
-        """The most that this silo may weigh."""
-        return self.terms.grid.max_weight
 
     def weight(self, records: int) -> int:
         """This silo's weight by the plan."""

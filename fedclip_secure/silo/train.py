@@ -47,7 +47,7 @@ async def take_part(
             async with present(link, after=0):
                 await asyncio.sleep(_FIRST_SIGN)
                 trainer = await asyncio.to_thread(_trainer, config, contract, progress)
-            party = Party(identity, contract, terms)
+            party = Party(identity, terms)
             weight = party.weight(trainer.records)
             capped = f" (max_weight; {trainer.records} records)" if weight < trainer.records else ""
             say(f"{identity.name}: {trainer.records} training records, weight {weight}{capped}")

@@ -282,7 +282,7 @@ class Silos:
         try:
             async with Client.of(identity, waiting, QUICK) as client:
                 link = HookedLink(client, before=before)
-                party = Party(identity, site.contract, site.terms)
+                party = Party(identity, site.terms)
                 await self.runner(party, trainer, link, journal, self.heard[name].append).run()
         finally:
             journal.close()

@@ -13,7 +13,6 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from fedclip_secure.config.lock import Contract
 from fedclip_secure.data.dataset import Counts
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
@@ -261,7 +260,7 @@ class Silo:
     def runner(self) -> Runner:
         """As a process starts: what it knows is the journal's."""
         person = cast(Identity, Person(self.hub.federation, self.name))
-        party = Party(person, cast(Contract, None), self.hub.federation.terms)
+        party = Party(person, self.hub.federation.terms)
         return Runner(party, self.trainer, cast(Link, self.link), self.journal, self.said.append)
 
 
