@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from fedclip_secure.errors import DataError
 
 
-def write_atomically(path: Path, data: bytes | memoryview, mode: int = 0o644) -> None:
-    """Write `data` so that after a crash `path` is either as before or complete, and on the disk.
+@contextmanager
+def writing_atomically(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to write into, so that after a crash `path` is either as before or complete, and on the disk.
 
     Raises:
-        DataError: the disk is full or not writable; `path` is as it was.
+        DataError: the disk is full or not writable; `path` is as it was, as after any error in the block.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # threads and containers share a pid
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):  # the folder itself may be what is missing or no folder
-            temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
+    finally:
+        with suppress(OSError):  # renamed by now, or the folder itself is missing or no folder
+            temporary.unlink()
+
+
+def write_atomically(path: Path, data: bytes | memoryview, mode: int = 0o644) -> None:
+    """Write `data` as the whole of `path`, or nothing.
+
+    Raises:
+        DataError: as `writing_atomically`.
+    """
+    with writing_atomically(path, mode) as file:
+        file.write(data)
 
 
 def write_output(path: Path, data: bytes) -> None:

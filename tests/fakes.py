@@ -58,6 +58,7 @@ class Federation:
             training_rounds=self.rounds,
             counted_from=1,
             public_weights=None,
+            verify_sum=True,
         )
 
     @property
@@ -83,7 +84,8 @@ class Federation:
         if update is None:
             update = self.terms.grid.quantize(np.random.default_rng().uniform(-0.1, 0.1, self.parameters), weight)
         counts = (3, 5) if self.counts else ()
-        return ModelRecord(self.model.digest, self.terms.vector.pack(update, weight, *counts))
+        vector = self.terms.vector.pack(update, weight, *counts)
+        return ModelRecord(self.model.digest, lambda: vector)
 
     def attempt(self, **options: object) -> Attempt:
         return Attempt(self, **options)  # type: ignore[arg-type]
@@ -97,6 +99,7 @@ class Attempt:
     number: int = 1
     drop: dict[str, set[str]] = field(default_factory=dict)
     records: dict[str, ModelRecord] = field(default_factory=dict)
+    asked: set[tuple[str, ...]] = field(default_factory=set)  # lists that attempts before it asked to agree to
     sessions: dict[str, SiloSession] = field(init=False)
     server: AggregatorSession = field(init=False)
     vectors: dict[str, Words] = field(default_factory=dict)
@@ -104,7 +107,7 @@ class Attempt:
     def __post_init__(self) -> None:
         wire, key = self.federation.opening(attempt=self.number)
         self.opening: Opening = check_opening(self.federation.terms, Position(), wire, [])
-        self.server = AggregatorSession(self.federation.terms, self.opening, key)
+        self.server = AggregatorSession(self.federation.terms, self.opening, key, self.asked)
         self.records = {name: self.records.get(name) or self.federation.record() for name in self.federation.silos}
         self.sessions = {name: self.session(name) for name in self.federation.silos}
         self.alive = list(self.federation.silos)
@@ -138,7 +141,7 @@ class Attempt:
     def receive(self, name: str, upload: MaskedUpload) -> None:
         """Through the sealed body, as on the wire."""
         opener, words = self.server.open_upload(name), b""
-        for piece in self.sessions[name].seal_upload(upload):
+        for piece in self.sessions[name].seal_upload(upload).pieces(upload.body):
             words += b"".join(opener.feed(piece))
         opener.finish()
         assert opener.header is not None

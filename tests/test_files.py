@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedclip_secure.errors import DataError
-from fedclip_secure.files import write_atomically, write_output
+from fedclip_secure.files import write_atomically, write_output, writing_atomically
+from tests.disk import file_limit
 
 
 def test_file_is_written_whole_with_its_folders_and_mode(tmp_path: Path) -> None:
@@ -39,6 +41,26 @@ def test_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         write_atomically(tmp_path / name, b"new")
     assert (tmp_path / name).read_bytes() == b"old"
+
+
+def test_error_between_two_writes_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"half of the new"
+        raise KeyError
+
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(KeyError), writing_atomically(tmp_path / "x") as file:
+        file.writelines(pieces())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    with file_limit(2**20), pytest.raises(DataError, match=r"x: cannot be written \(File too large\); free space"):
+        write_atomically(tmp_path / "x", bytes(2**20 + 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
 
 
 def test_output_goes_through_links_and_into_what_is_no_file_as_it_stands(tmp_path: Path) -> None:

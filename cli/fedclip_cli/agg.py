@@ -24,6 +24,12 @@ from fedclip_secure.errors import ConfigError
 
 _DIR = click.option("--dir", "folder", type=FOLDER, default=".", show_default=True, help="The folder that `init` made.")
 
+_GIVING_UP = (
+    "The silos that have answered will sit out every further attempt of this round, until a person at each gives the "
+    "round up too (`fedclip-silo train --abandon-round`). Do this only when the missing silos are gone for good. "
+    "Give up?"
+)
+
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fedclip-secure")
@@ -143,6 +149,21 @@ def status(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(state.as_json()))
     else:
         _print_status(state)
+
+
+@main.command("give-up", epilog="Example: fedclip-agg give-up --dir lung-xray")
+@_DIR
+@click.option("--yes", is_flag=True, help="Without asking.")
+def give_up_attempt(folder: Path, yes: bool) -> None:
+    """Give up an attempt that waits for unmasking answers of silos that are gone for good.
+
+    The silos that have answered then sit out, until their own people give the round up as well.
+    """
+    from fedclip_secure.aggregator.home import give_up
+
+    if not yes and not click.confirm(_GIVING_UP):
+        raise ConfigError("nothing was given up")
+    out.print(f"{give_up(Home(folder))} is given up", markup=False)
 
 
 @main.command(epilog="Example: fedclip-agg demo --data DIR --unseen sketch --rounds 3")

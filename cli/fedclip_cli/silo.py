@@ -24,6 +24,8 @@ from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted, text_features_path
 from fedclip_secure.silo.policy import check_policy
+from fedclip_secure.silo.recovery import giving_up, look
+from fedclip_secure.silo.recovery import recover as go_on
 from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.enrolment import enroll as get_certificate
 
@@ -80,7 +82,7 @@ def accept(path: Path, yes: bool) -> None:
     """Show the plan, the lock and the roster; on consent, pin both in silo.yaml."""
     config = read_silo(path)
     identity = Identity.load(Path(config.identity))
-    offer, text_features = run(_fetch_offer(identity))
+    offer, text_features = run(_fetch_offer(identity, Path(config.workdir)))
     terms = Terms.of(offer.contract, offer.roster)
     _show_offer(offer, terms, identity)
     check_policy(config.policy, offer.contract, terms, identity.name)
@@ -114,20 +116,53 @@ def extract(path: Path, precision: Precision | None, strict: bool, verify: bool)
 
 @main.command(epilog="Example: fedclip-silo train")
 @_CONFIG
-def train(path: Path) -> None:
-    """Join the federation and stay until the plan's last round; then write the adapters."""
+@click.option(
+    "--abandon-round", type=click.IntRange(min=1), help="Give up this round, in which a silo is gone for good."
+)
+@click.option("--yes", is_flag=True, help="Give it up without asking.")
+def train(path: Path, abandon_round: int | None, yes: bool) -> None:
+    """Join the federation and stay until the plan's last round; then write the adapters.
+
+    It may be stopped or killed at any time, and goes on from there with the same update.
+    """
     from fedclip_secure.silo.train import take_part
 
     config = read_silo(path)
     identity = Identity.load(Path(config.identity))
+    if abandon_round and not yes:
+        question = giving_up(Path(config.workdir), identity.epoch_path, abandon_round)
+        if not click.confirm(question):
+            raise TrustError(f"round {abandon_round} is not given up; `fedclip-silo train` goes on with it as it was")
     mine = load_accepted(config)
     check_policy(config.policy, mine.contract, Terms.of(mine.contract, mine.roster), identity.name)
     check_own_key(mine.roster, identity)
     with image_progress() as progress:
-        saved = run(take_part(config, identity, mine, progress=progress, say=say, waiting=waiting))
+        taking_part = take_part(
+            config, identity, mine, progress=progress, say=say, waiting=waiting, abandon=abandon_round
+        )
+        saved = run(taking_part)
     for adapter in saved:
         out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
     out.print("next: `fedclip-silo evaluate`")
+
+
+@main.command(epilog="Example: fedclip-silo recover")
+@_CONFIG
+@click.option("--yes", is_flag=True, help="Go on without asking.")
+def recover(path: Path, yes: bool) -> None:
+    """Say how far this silo's journal has come; go on with one that was lost or restored from a backup."""
+    config = read_silo(path)
+    identity, workdir = Identity.load(Path(config.identity)), Path(config.workdir)
+    standing = look(workdir, identity.epoch_path)
+    for line in standing.lines():
+        out.print(line, markup=False)
+    if standing.matches:
+        out.print("next: `fedclip-silo train`")
+        return
+    if not yes and not click.confirm("Go on, and sit out every model over which this silo may have sent an update?"):
+        raise TrustError("nothing was changed; restore the newest journal, or ask the coordinator")
+    count = go_on(workdir, identity.epoch_path)
+    out.print(f"this silo will not sign over {count} model(s) again. next: `fedclip-silo train`", markup=False)
 
 
 @main.command(epilog="Example: fedclip-silo evaluate --split validation --json")
@@ -200,10 +235,10 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
         err.print(printable(said), markup=False)
 
 
-async def _fetch_offer(identity: Identity) -> tuple[Accepted, bytes | None]:
+async def _fetch_offer(identity: Identity, workdir: Path) -> tuple[Accepted, bytes | None]:
     """Contract and roster as the server has them, and an external model's text features."""
     async with Client.of(identity, waiting, Patience(tries=5)) as client:  # a person sits before it
-        link = Link(client)
+        link = Link(client, workdir)
         offer = await link.offer(identity.server)
         encoder = offer.contract.lock.encoder
         if isinstance(encoder, ExternalEncoder):
@@ -226,6 +261,7 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
         "encoder": f"{plan.model.name}, {offer.contract.lock.encoder.dim} features",
         "classes": ", ".join(f"{folder}: {phrase}" for folder, phrase in plan.classes.items()),
         "templates": "; ".join(plan.templates),
+        "starts from": f"adapter {offer.contract.lock.initial_model}",
         "method": f"{plan.method.name}, loss {plan.method.loss}; {terms.layout.size:,} parameters travel",
         "training": f"{plan.training.rounds} rounds of {plan.training.local_epochs} epoch(s), "
         f"batch {plan.training.batch_size}, {plan.training.optimizer.name}, lr {plan.training.optimizer.lr:g}",

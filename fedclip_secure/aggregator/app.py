@@ -76,6 +76,8 @@ def make_app(server: Server) -> web.Application:
             web.get("/v1/opening", get_opening),
             web.get("/v1/rounds/{round}/results", get_results),
             web.get("/v1/attempts/{attempt}/sum", get_sum),
+            web.get("/v1/attempts/{attempt}/sum-proof", get_sum_proof),
+            web.get("/v1/attempts/{attempt}/vectors/{silo}", get_vector),
             web.put("/v1/attempts/{attempt}/uploads", put_upload),
             web.get("/v1/attempts/{attempt}/uploads", get_uploads),
             web.post("/v1/attempts/{attempt}/complaints", post_complaint),
@@ -113,16 +115,16 @@ async def get_roster(request: web.Request) -> web.Response:
     return _cbor(_frozen(request)[1])
 
 
-async def get_file(request: web.Request) -> web.Response:
+async def get_file(request: web.Request) -> web.FileResponse:
     """A file that the lock names by its SHA-256."""
     _caller(request)
-    return _found(request.app[_SERVER].store.blobs.file(digest_of(request)))
+    return _found(request.app[_SERVER].store.blobs.file_path(digest_of(request)))
 
 
-async def get_model(request: web.Request) -> web.Response:
+async def get_model(request: web.Request) -> web.FileResponse:
     """A model by its digest, as safetensors."""
     _caller(request)
-    return _found(request.app[_SERVER].store.blobs.model(digest_of(request)))
+    return _found(request.app[_SERVER].store.blobs.model_path(digest_of(request)))
 
 
 async def get_opening(request: web.Request) -> web.Response:
@@ -194,12 +196,29 @@ async def get_bundles(request: web.Request) -> web.Response:
     return _cbor(SharesAnswer(bundles=bundles, inbox=inbox_of(live.session, _caller(request))).encode())
 
 
-async def get_sum(request: web.Request) -> web.StreamResponse:
+async def get_sum(request: web.Request) -> web.FileResponse:
     """Long-poll: the unmasked sum, as little-endian words."""
     live = await _closed(request, Phase.UNMASK, Phase.UPLOAD)
     store = request.app[_SERVER].store
     row = next(row for row in store.rounds() if row.attempt == live.row.number)
-    return web.FileResponse(store.blobs.vector_path(row.sum_hash), headers={"Content-Type": "application/octet-stream"})
+    return _found(store.blobs.vector_path(row.sum_hash))
+
+
+async def get_sum_proof(request: web.Request) -> web.Response:
+    """Long-poll: with `verify_sum`, what was taken off the sum."""
+    live = await _closed(request, Phase.UNMASK, Phase.UPLOAD)
+    _check_published(request)
+    return _cbor(live.session.sum_proof().encode())
+
+
+async def get_vector(request: web.Request) -> web.FileResponse:
+    """With `verify_sum`, a survivor's masked vector as little-endian words, once the sum is known."""
+    live = await _closed(request, Phase.UNMASK, Phase.UPLOAD)
+    _check_published(request)
+    upload = live.session.uploads.get(request.match_info["silo"])
+    if upload is None:
+        raise TransportError("no such silo survived this attempt", status=404, code="not-found")
+    return _found(request.app[_SERVER].store.blobs.vector_path(upload.body.vector))
 
 
 async def put_upload(request: web.Request) -> web.Response:
@@ -295,6 +314,11 @@ def _caller(request: web.Request) -> str:
     return name
 
 
+def _check_published(request: web.Request) -> None:
+    if not _rounds(request).terms.verify_sum:
+        raise TransportError("this plan publishes no vectors", status=404, code="not-found")
+
+
 def _rounds(request: web.Request) -> Rounds:
     rounds = request.app[_SERVER].rounds
     if rounds is None:
@@ -309,10 +333,11 @@ def _frozen(request: web.Request) -> tuple[bytes, bytes]:
     return frozen
 
 
-def _found(data: bytes | None) -> web.Response:
-    if data is None:
+def _found(path: Path) -> web.FileResponse:
+    """Sent in pieces as the silo takes them, so that many silos at once need no more memory than one."""
+    if not path.is_file():
         raise TransportError("there is no such file here", status=404, code="not-found")
-    return web.Response(body=data, content_type="application/octet-stream")
+    return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
 
 
 def _cbor(data: bytes) -> web.Response:

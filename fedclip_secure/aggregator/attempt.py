@@ -8,14 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fedclip_secure.aggregator.store import AttemptRow, Store
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.keys import upload_info
-from fedclip_secure.secagg.messages import ServerAd, base_hash, open_message
-from fedclip_secure.secagg.opening import Opening
-from fedclip_secure.secagg.ring import WORD, Words
+from fedclip_secure.secagg.opening import Opening, reopen
+from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.sealing import BodyOpener, SealKey
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import SharesRequest, parse
@@ -33,9 +30,9 @@ class LiveAttempt:
     @classmethod
     def restore(cls, terms: Terms, store: Store, row: AttemptRow) -> LiveAttempt:
         """Feed a session with what the store holds of the attempt: nothing, just after it was opened."""
-        ad = open_message(row.opening, ServerAd, terms.federation, terms.roster).body
-        opening = Opening(ad, base_hash(ad))
-        live = cls(row, opening, AggregatorSession(terms, opening, SealKey(row.seal_private)), store)
+        opening = reopen(terms, row.opening)
+        session = AggregatorSession(terms, opening, SealKey(row.seal_private), store.asked(row.round))
+        live = cls(row, opening, session, store)
         for phase in (Phase.JOIN, Phase.SHARE, Phase.UPLOAD, Phase.AGREE, Phase.UNMASK):
             for silo, body in store.messages(row.number, phase):
                 live._receive(phase, silo, body)
@@ -90,7 +87,7 @@ class LiveAttempt:
     def vectors(self) -> Iterator[Words]:
         """The survivors' masked vectors, one at a time."""
         for message in self.session.uploads.values():
-            yield np.fromfile(self.store.blobs.vector_path(message.body.vector), dtype=WORD)
+            yield self.store.blobs.vector(message.body.vector)
 
     @contextmanager
     def _received(self, phase: Phase, silo: str, body: bytes) -> Iterator[None]:

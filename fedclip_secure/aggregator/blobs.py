@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedclip_secure.files import sync_folder, write_atomically
+import numpy as np
+
+from fedclip_secure.files import sync_folder, write_atomically, writing_atomically
+from fedclip_secure.model.state import AdapterState
+from fedclip_secure.secagg.ring import WORD, Words
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,10 @@ class Blobs:
     def vector_path(self, sha256: bytes) -> Path:
         """Where a masked vector or a sum lies."""
         return self.folder / "vectors" / f"{sha256.hex()}.words"
+
+    def vector(self, sha256: bytes) -> Words:
+        """A masked vector or a sum, read-only, mapped from its file."""
+        return np.asarray(np.memmap(self.vector_path(sha256), dtype=WORD, mode="r"), dtype=np.uint32)
 
     def save_vector(self, sha256: bytes, data: memoryview) -> None:
         """Keep a sum."""
@@ -43,20 +52,23 @@ class Blobs:
         for path in set((self.folder / "vectors").iterdir()) - {self.vector_path(sha256) for sha256 in wanted}:
             path.unlink()
 
-    def save_model(self, digest: bytes, data: bytes) -> None:
-        """Keep a model as safetensors."""
-        write_atomically(self.folder / "models" / f"{digest.hex()}.safetensors", data)
+    def model_path(self, digest: bytes) -> Path:
+        """Where a model lies, as safetensors."""
+        return self.folder / "models" / f"{digest.hex()}.safetensors"
+
+    def save_model(self, digest: bytes, model: AdapterState) -> None:
+        """Keep a model."""
+        model.to_file(self.model_path(digest))
+
+    def copy_model(self, digest: bytes, sha256: bytes) -> None:
+        """Keep as a model what is there as a file."""
+        with self.file_path(sha256).open("rb") as file, writing_atomically(self.model_path(digest)) as copy:
+            shutil.copyfileobj(file, copy)
+
+    def file_path(self, sha256: bytes) -> Path:
+        """Where a file lies that the lock names by its SHA-256."""
+        return self.folder / "files" / sha256.hex()
 
     def save_file(self, data: bytes) -> None:
-        """Keep a file that the lock names by its SHA-256."""
-        write_atomically(self.folder / "files" / hashlib.sha256(data).hexdigest(), data)
-
-    def file(self, sha256: bytes) -> bytes | None:
-        """A file that the lock names, or None."""
-        path = self.folder / "files" / sha256.hex()
-        return path.read_bytes() if path.is_file() else None
-
-    def model(self, digest: bytes) -> bytes | None:
-        """A model as safetensors, or None."""
-        path = self.folder / "models" / f"{digest.hex()}.safetensors"
-        return path.read_bytes() if path.is_file() else None
+        """Keep a file that the lock names."""
+        write_atomically(self.file_path(hashlib.sha256(data).digest()), data)

@@ -28,6 +28,7 @@ from fedclip_secure.pki.certificates import write_certificate
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import SigningKey, write_private_key
 from fedclip_secure.pki.roster import Roster
+from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.terms import Terms
 
 
@@ -202,3 +203,22 @@ def _locked_files(home: Home, contract: Contract) -> list[bytes]:
             raise DataError(f"{path}: has changed since `prepare`; run `fedclip-agg prepare` again")
         files.append(data)
     return files
+
+
+def give_up(home: Home) -> str:
+    """Stop waiting for unmasking answers that do not come; what was given up.
+
+    The silos that have answered never join again over this model unless a person there gives the round up too.
+
+    Raises:
+        ConfigError: nothing waits for such answers.
+    """
+    store = home.store()
+    try:
+        last = store.last_attempt()
+        if last is None or last.ended is not None or last.closed != Phase.UNMASK:
+            raise ConfigError("no attempt waits for unmasking answers; every other stage ends by itself")
+        store.give_up(last.number)
+        return f"round {last.round}, attempt {last.number}"
+    finally:
+        store.close()

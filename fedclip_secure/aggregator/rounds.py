@@ -11,8 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-
-import numpy as np
+from random import SystemRandom
 
 from fedclip_secure.aggregator.attempt import LiveAttempt
 from fedclip_secure.aggregator.complaints import excluded
@@ -31,6 +30,10 @@ from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import OpeningAnswer
 
 _LISTED = 10  # names in one sentence
+_RESTORED = (
+    "which the coordinator's state does not know: it was restored from an older backup. Restore the newest "
+    "state folder, or start a new run"
+)
 _REFUSALS = 20  # noted of one silo in one attempt: it could fill the disk with them
 _REASON = 500  # characters of a refusal that are noted
 
@@ -134,7 +137,7 @@ class Rounds:
     def complain(self, live: LiveAttempt, accuser: str, wire: bytes) -> None:
         """Take a complaint: it ends the attempt."""
         complaint = live.session.receive_complaint(accuser, wire)
-        self.store.add_complaint(live.row.round, accuser, complaint.accused)
+        self.store.add_complaint(live.row, accuser, complaint.accused)
         self._broken = f"{accuser} complains that what {complaint.accused} sent it does not open ({complaint.code})"
         self.notify()
 
@@ -143,6 +146,9 @@ class Rounds:
         halted = self.store.halted()
         if halted is not None:
             return OpeningAnswer(state="halted", reason=halted[0], void=halted[1])
+        last = self.store.last_attempt()
+        if last is not None and after > last.number:
+            return OpeningAnswer(state="halted", reason=f"{silo} has seen attempt {after}, {_RESTORED}")
         if self.finished:
             return OpeningAnswer(state="finished")
         if self.live is None or self.live.row.number <= after or self.live.session.phase is not Phase.JOIN:
@@ -193,42 +199,64 @@ class Rounds:
 
         def complete() -> bool:
             present = self.presence.present() & set(self.terms.roster.silos) - out
-            return len(session.ads) >= floor and present <= set(session.ads)
+            return present <= set(session.ads) and len(session.joinable()) >= floor
 
-        if not await self.wait(complete, self._seconds[Phase.JOIN]) and len(session.ads) < floor:
+        if not await self.wait(complete, self._seconds[Phase.JOIN]) and len(session.joinable()) < floor:
             self._say(f"{self._name(live)}: {len(session.ads)} joined, {floor} are needed; waiting{self._stuck(live)}")
-            await self.wait(lambda: len(session.ads) >= floor, None)
+            await self.wait(lambda: len(session.joinable()) >= floor, None)
         self._close(live)
 
     def _stuck(self, live: LiveAttempt) -> str:
         """A note on silos that cannot join this round any more, where too few others are left."""
-        idle, silos = self.presence.idle, self.terms.roster.silos
-        if len(set(silos) - idle) >= self.terms.floor:
-            return ""
-        reason = (
-            f"{_listed(sorted(idle))} sent an update in this round before a restart and cannot send another; "
-            f"with fewer than {self.terms.floor} silos left the run cannot go on: start a new one"
-        )
-        self._note(live, "blocked", None, reason)
-        return f". {reason}"
+        idle, ads = self.presence.idle, live.session.ads
+        reasons = []
+        if len(set(self.terms.roster.silos) - idle) < self.terms.floor:
+            reasons.append(
+                f"{_listed(sorted(idle))} cannot send an update over this model any more; with fewer than "
+                f"{self.terms.floor} silos left the run cannot go on: start a new one"
+            )
+        for names in sorted({tuple(ad.body.agreed) for ad in ads.values()} - {()}):
+            bound = sorted(name for name, ad in ads.items() if tuple(ad.body.agreed) == names)
+            reasons.append(
+                f"{_listed(bound)} agreed to the sum over {_listed(list(names))} and go on with exactly these; "
+                f"missing: {_listed(sorted(set(names) - set(ads))) or 'none'}. If one is gone for good, each that "
+                f"agreed may give the round up: fedclip-silo train --abandon-round {live.row.round}"
+            )
+        for reason in reasons:
+            self._note(live, "blocked", None, reason)
+        return "".join(f". {reason}" for reason in reasons)
 
     async def _collect(self, live: LiveAttempt) -> None:
         """Until all expected have answered, or until the deadline; then the floor decides."""
         session, phase = live.session, live.session.phase
-        await self.wait(lambda: self._broken is not None or not session.missing(), self._seconds[phase])
+        over = lambda: self._broken is not None or bool(session.conflicts) or not session.missing()  # noqa: E731
+        await self.wait(over, self._seconds[phase])
         if self._broken is not None:
             raise AttemptEndedError(self._broken)
+        self._settle_conflicts(live)
         self._note_missing(live, self._seconds[phase])
         try:
             self._close(live)
         except ProtocolError as error:
             raise AttemptEndedError(str(error)) from error
 
+    def _settle_conflicts(self, live: LiveAttempt) -> None:
+        """End an attempt whose masks would not cancel, while it still can be started again."""
+        for pair in live.session.conflicts:
+            # Neither has accused the other: whom a case keeps out where it may be only one, chance decides.
+            one, other = SystemRandom().sample(pair, 2)
+            self.store.add_complaint(live.row, one, other)
+        if live.session.conflicts:
+            listed = _listed([f"{one} and {other}" for one, other in live.session.conflicts])
+            raise AttemptEndedError(f"{listed} masked with different keys: one of the two shared garbage")
+
     async def _unmask(self, live: LiveAttempt) -> None:
         """Shares may be out already, so this waits for t answers however long it takes."""
         session, seconds = live.session, self._seconds[Phase.UNMASK]
         while True:
-            complete = await self.wait(lambda: not session.missing(), seconds)
+            complete = await self.wait(lambda: not session.missing() or self._given_up(live), seconds)
+            if self._given_up(live):
+                raise AttemptEndedError("the coordinator gave it up while shares were coming in")
             if not complete:
                 self._note_missing(live, seconds)
             if len(session.unmasks) < self.terms.threshold:
@@ -241,25 +269,36 @@ class Rounds:
                     self._halt(live, str(error), void=None)
                 self._note(live, "blocked", error.silo, str(error))
                 self._say(f"{self._name(live)}: {error}; waiting for more answers")
-        self._finish_round(live, total)
+        await self._finish_round(live, total)
 
-    def _finish_round(self, live: LiveAttempt, total: Words) -> None:
-        old = self._model(live.opening.ad.model)
+    def _given_up(self, live: LiveAttempt) -> bool:
+        last = self.store.last_attempt()
+        return last is not None and last.number == live.row.number and bool(last.given_up)
+
+    async def _finish_round(self, live: LiveAttempt, total: Words) -> None:
         try:
-            outcome = live.session.compute_result(total, old)
+            row = await asyncio.to_thread(self._save_result, live, total)
         except ProtocolError as error:
             self._halt(live, str(error), self._void(live, str(error)))
-        self.store.blobs.save_vector(vector_hash(total), total.astype(WORD, copy=False).data)
-        self.store.blobs.save_model(outcome.model.digest, outcome.model.to_safetensors())
-        row = RoundRow(
-            live.row.round, live.row.number, outcome.survivors, outcome.weight, outcome.correct, outcome.total,
-            live.opening.ad.model, outcome.model.digest, vector_hash(total), time.time(),
-        )  # fmt: skip
         self.store.end_round(row)
         live.session.close()
-        counts = f"; the model before it had {outcome.correct} of {outcome.total} right" if outcome.total else ""
-        self._say(f"{self.terms.round_name(row.round)}: averaged {', '.join(outcome.survivors)}{counts}")
+        counts = f"; the model before it had {row.correct} of {row.total} right" if row.total else ""
+        self._say(f"{self.terms.round_name(row.round)}: averaged {', '.join(row.survivors)}{counts}")
         self.notify()
+
+    def _save_result(self, live: LiveAttempt, total: Words) -> RoundRow:
+        """Step to the next model and put sum and model on the disk, which takes seconds where they are large."""
+        start, sum_hash = live.opening.ad.model, vector_hash(total)
+        outcome = live.session.compute_result(total, self._model(start))
+        digest = outcome.model.digest
+        if self.terms.verify_sum:
+            live.session.sum_proof()  # now, and not while a silo waits for it: that opens a text for each two silos
+        self.store.blobs.save_vector(sum_hash, total.astype(WORD, copy=False).data)
+        self.store.blobs.save_model(digest, outcome.model)
+        return RoundRow(
+            live.row.round, live.row.number, outcome.survivors, outcome.weight, outcome.correct, outcome.total,
+            start, digest, sum_hash, time.time(),
+        )  # fmt: skip
 
     async def _confirm(self, live: LiveAttempt) -> None:
         """Until t silos have signed the result: only they can open the next round."""
@@ -274,7 +313,7 @@ class Rounds:
             return None
         live = LiveAttempt.restore(self.terms, self.store, row)
         if live.session.phase is Phase.RESULT:
-            total = np.fromfile(self.store.blobs.vector_path(self.store.rounds()[-1].sum_hash), dtype=WORD)
+            total = self.store.blobs.vector(self.store.rounds()[-1].sum_hash)
             live.session.compute_result(total, self._model(live.opening.ad.model))
             live.restore_results()
         self._say(f"{self._name(live)}: going on at stage {live.session.phase.name.lower()}")
@@ -310,10 +349,10 @@ class Rounds:
         return done[-1].round + 1 if done else 1
 
     def _model(self, digest: bytes) -> AdapterState:
-        data = self.store.blobs.model(digest)
-        if data is None:
+        path = self.store.blobs.model_path(digest)
+        if not path.is_file():
             raise DataError(f"the model {digest.hex()} is missing from the aggregator's state; restore the folder")
-        return AdapterState.from_safetensors(data, self.terms.layout, digest.hex())
+        return AdapterState.from_file(path, self.terms.layout, digest.hex())
 
     def _close(self, live: LiveAttempt) -> None:
         phase = live.session.phase

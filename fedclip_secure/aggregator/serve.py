@@ -82,10 +82,10 @@ async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
     key = SigningKey.load(home.signing_key)
     if dict(roster.members)["aggregator"] != key.public_bytes:
         raise TrustError(f"{home.signing_key}: is not the key that the roster pins; restore it")
-    initial = server.store.blobs.file(bytes.fromhex(contract.lock.initial_file))
-    if initial is None:
+    blobs, initial_file = server.store.blobs, bytes.fromhex(contract.lock.initial_file)
+    if not blobs.file_path(initial_file).is_file():
         raise TrustError("the initial adapter is missing from the store; restore the state folder")
-    server.store.blobs.save_model(terms.initial_model, initial)
+    blobs.copy_model(terms.initial_model, initial_file)
     server.rounds = Rounds(server.store, terms, key, contract.plan.deadlines, say)
     absent = terms.absent_tolerated or "none"
     say(f"roster of {len(roster.silos)} silos; a round needs {terms.floor} of them, so {absent} may be absent from it")

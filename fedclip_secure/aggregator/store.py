@@ -27,7 +27,8 @@ CREATE TABLE IF NOT EXISTS frozen (
     one INTEGER PRIMARY KEY CHECK (one = 1), contract BLOB NOT NULL, roster BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS attempts (
     number INTEGER PRIMARY KEY, round INTEGER NOT NULL, opening BLOB NOT NULL, seal_private BLOB NOT NULL,
-    opened_at REAL NOT NULL, closed INTEGER NOT NULL DEFAULT 0, ended TEXT);
+    opened_at REAL NOT NULL, closed INTEGER NOT NULL DEFAULT 0, ended TEXT, survivors TEXT NOT NULL DEFAULT '',
+    given_up INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS messages (
     attempt INTEGER NOT NULL, phase INTEGER NOT NULL, silo TEXT NOT NULL, body BLOB NOT NULL,
     received_hash BLOB NOT NULL, PRIMARY KEY (attempt, phase, silo));
@@ -39,7 +40,8 @@ CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
     silo TEXT, stage TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS complaints (
-    id INTEGER PRIMARY KEY, round INTEGER NOT NULL, accuser TEXT NOT NULL, accused TEXT NOT NULL);
+    id INTEGER PRIMARY KEY, round INTEGER NOT NULL, attempt INTEGER NOT NULL, accuser TEXT NOT NULL,
+    accused TEXT NOT NULL, UNIQUE (attempt, accuser, accused));
 CREATE TABLE IF NOT EXISTS presence (silo TEXT PRIMARY KEY, seen_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS halted (one INTEGER PRIMARY KEY CHECK (one = 1), reason TEXT NOT NULL, void BLOB);
 """
@@ -66,6 +68,8 @@ class AttemptRow:
     opened_at: float
     closed: int
     ended: str | None
+    survivors: str  # of one that ended after silos were asked to agree to them
+    given_up: int  # by the coordinator
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +225,7 @@ class Store:
         """Keep an opening before any silo sees it."""
         with self._transaction() as sql:
             sql.execute(
-                "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, 0, NULL)",
+                "INSERT INTO attempts (number, round, opening, seal_private, opened_at) VALUES (?, ?, ?, ?, ?)",
                 (number, round_number, opening, seal_private, now),
             )
 
@@ -235,15 +239,30 @@ class Store:
         with self._transaction() as sql:
             sql.execute("UPDATE attempts SET closed = closed + 1 WHERE number = ?", (attempt,))
 
+    def give_up(self, attempt: int) -> None:
+        """The coordinator does not want to wait any longer for answers that do not come."""
+        with self._transaction() as sql:
+            sql.execute("UPDATE attempts SET given_up = 1 WHERE number = ?", (attempt,))
+
     def end_attempt(self, attempt: int, reason: str) -> None:
-        """The attempt is over; its secrets and vectors are of no more use and go."""
-        vectors = [body[:32] for _, body in self.messages(attempt, phase=2)]
+        """The attempt is over; its secrets and vectors are of no more use and go. Who was to be averaged stays."""
+        uploads = self.messages(attempt, phase=2)
+        vectors = [body[:32] for _, body in uploads]
         with self._transaction() as sql:
             sql.execute("UPDATE attempts SET ended = ?, seal_private = x'' WHERE number = ?", (reason, attempt))
+            sql.execute(
+                "UPDATE attempts SET survivors = ? WHERE number = ? AND closed > 2",
+                (" ".join(sorted(silo for silo, _ in uploads)), attempt),
+            )
             sql.execute("DELETE FROM messages WHERE attempt = ? AND phase < 5", (attempt,))
         self._sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was overwritten, until it is cut
         for vector in vectors:
             self.blobs.vector_path(vector).unlink(missing_ok=True)
+
+    def asked(self, round_number: int) -> list[tuple[str, ...]]:
+        """The lists of survivors that silos were asked to agree to in earlier attempts at a round."""
+        query = "SELECT DISTINCT survivors FROM attempts WHERE round = ? AND survivors <> ''"
+        return [tuple(names.split()) for (names,) in self._sql.execute(query, (round_number,))]
 
     def known(self, attempt: int, phase: int, silo: str, received: bytes) -> bool:
         """Whether this very message was acknowledged before.
@@ -291,11 +310,12 @@ class Store:
         rows = self._sql.execute("SELECT * FROM rounds ORDER BY round")
         return [RoundRow(r[0], r[1], tuple(r[2].split()), *r[3:]) for r in rows]
 
-    def add_complaint(self, round_number: int, accuser: str, accused: str) -> None:
-        """Keep a complaint."""
+    def add_complaint(self, row: AttemptRow, accuser: str, accused: str) -> None:
+        """Keep a complaint; one that is made again in the same attempt counts once."""
         with self._transaction() as sql:
             sql.execute(
-                "INSERT INTO complaints (round, accuser, accused) VALUES (?, ?, ?)", (round_number, accuser, accused)
+                "INSERT OR IGNORE INTO complaints (round, attempt, accuser, accused) VALUES (?, ?, ?, ?)",
+                (row.round, row.number, accuser, accused),
             )
 
     def complaints(self, round_number: int) -> list[tuple[str, str]]:

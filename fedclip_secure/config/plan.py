@@ -120,14 +120,7 @@ class SecureAggregation(Strict):
     weights: Literal["masked", "equal", "public"] = "masked"  # by records, all alike, or as listed
     public_weights: dict[Name, int] | None = None  # silo: weight; with `weights: public` alone
     max_weight: int = Field(default=100_000, ge=1, le=(2**29 - 1) // MIN_SILOS)
-    verify_sum: Literal["never"] = "never"
-
-    @field_validator("verify_sum", mode="before")
-    @classmethod
-    def _no_audit_yet(cls, value: object) -> object:
-        if value in ("auto", "always"):
-            raise ValueError("the silos' own check of the sum is not available in this version; write `never`")
-        return value
+    verify_sum: Literal["auto", "always", "never"] = "auto"  # every silo adds the masked vectors up again
 
     @model_validator(mode="after")
     def _weights_given(self) -> SecureAggregation:

@@ -22,7 +22,7 @@ from fedclip_secure.errors import ConfigError, TransportError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.secagg.messages import Upload, sign_message
+from fedclip_secure.secagg.messages import Upload, UploadHeader, sign_message
 from fedclip_secure.secagg.sealing import sealed_body_size
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.outcome import adapter_folder, load_adapter
@@ -209,8 +209,9 @@ def _outcome(options: Options, scene: Scene, home: Home, accepted: Accepted, vic
 
 def _upload_bytes(terms: Terms, silo: str) -> int:
     """What one silo's masked vector weighs on the wire, sealed, with the signed message before it."""
-    empty = Upload(transcript=bytes(32), vector=bytes(32))
-    header = sign_message(empty, terms.federation, silo, lambda _: bytes(64))
+    empty = Upload(transcript=bytes(32), vector=bytes(32), pairs=bytes(32))
+    signed = sign_message(empty, terms.federation, silo, lambda _: bytes(64))
+    header = UploadHeader(upload=signed, pairs=[bytes(32)] * (len(terms.roster.silos) - 1)).encode()
     return sealed_body_size(len(header), 4 * terms.vector.words)
 
 

@@ -14,12 +14,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedclip_secure.errors import TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.certificates import read_certificate, silo_name, write_certificate
+from fedclip_secure.pki.epoch import Epoch
 from fedclip_secure.pki.keys import SigningKey, spki_sha256
 
 KEY = "key.pem"
 CERTIFICATE = "certificate.pem"
 AUTHORITY = "authority.pem"
 ENROLMENT = "enrolment.json"
+EPOCH = "epoch"
 
 
 class Enrolment(BaseModel):
@@ -90,6 +92,11 @@ class Identity:
         """When the certificate ends, in UTC."""
         return self.certificate.not_valid_after_utc
 
+    @property
+    def epoch_path(self) -> Path:
+        """Where the silo's epoch file lies: away from its journal, so that a backup of one is not one of both."""
+        return self.folder / EPOCH
+
     def sign(self, data: bytes) -> bytes:
         """An Ed25519 signature; 64 bytes."""
         return self.key.sign(data)
@@ -105,7 +112,10 @@ def create_key(folder: Path) -> SigningKey:
         DataError: the disk refuses.
     """
     path = folder / KEY
-    return SigningKey.load(path) if path.exists() else SigningKey.create(path)
+    if path.exists():
+        return SigningKey.load(path)
+    Epoch().save(folder / EPOCH)  # first: a key whose epoch file is missing has lost it
+    return SigningKey.create(path)
 
 
 def signing_request(key: SigningKey, name: str) -> bytes:

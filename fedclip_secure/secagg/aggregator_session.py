@@ -7,24 +7,30 @@ came, so a restarted server feeds it from its store.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg import checks
-from fedclip_secure.secagg.keys import unmask_info, upload_info
+from fedclip_secure.secagg.keys import pairs_commitment, unmask_info, upload_info
 from fedclip_secure.secagg.messages import (
     Agree,
     B,
     Bundles,
+    Ciphertexts,
     Complaint,
     KeyAd,
     Result,
     Signed,
+    SumProof,
+    SurvivorPairs,
     Unmask,
     Upload,
+    UploadHeader,
+    decode_body,
     join_transcript,
     open_message,
     share_transcript,
@@ -34,9 +40,8 @@ from fedclip_secure.secagg.opening import Opening
 from fedclip_secure.secagg.outcome import Outcome, compute_outcome, result_of
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.sealing import BodyOpener, SealKey
-from fedclip_secure.secagg.silo_session import Ciphertexts
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.secagg.unmasking import Evidence, check_unmask, masks_left, unmask_sum
+from fedclip_secure.secagg.unmasking import Evidence, check_unmask, masks_left, reveal, unmask_sum
 
 
 class Phase(IntEnum):
@@ -57,7 +62,10 @@ class AggregatorSession:
     Every `receive_*` raises ProtocolError, naming the silo, and then keeps nothing of the message.
     """
 
-    def __init__(self, terms: Terms, opening: Opening, seal_key: SealKey) -> None:
+    def __init__(
+        self, terms: Terms, opening: Opening, seal_key: SealKey, agreed: Collection[tuple[str, ...]] = ()
+    ) -> None:
+        """`agreed`: the lists of survivors that earlier attempts over this model asked silos to agree to."""
         self.phase = Phase.JOIN
         self._terms, self._opening, self._seal_key = terms, opening, seal_key
         self.ads: dict[str, Signed[KeyAd]] = {}
@@ -66,9 +74,13 @@ class AggregatorSession:
         self.agrees: dict[str, Signed[Agree]] = {}
         self.unmasks: dict[str, Signed[Unmask]] = {}
         self.results: dict[str, Signed[Result]] = {}
+        self.conflicts: list[tuple[str, str]] = []  # pairs of silos that committed to different keys
+        self._agreed_before = set(agreed)
         self._ciphertexts: dict[str, dict[str, Ciphertexts]] = {}
+        self._commitments: dict[str, dict[str, bytes]] = {}
         self._transcript = self._transcript2 = self._survivors = b""
         self._expected: Result | None = None
+        self._proof: SumProof | None = None
 
     @property
     def transcript2(self) -> bytes:
@@ -89,8 +101,14 @@ class AggregatorSession:
         """Stage 0."""
         ad = self._open((Phase.JOIN,), sender, wire, KeyAd, self._terms.roster.silos)
         checks.check_key_ad(ad.body, self._opening.base, sender)
+        if ad.body.agreed and tuple(ad.body.agreed) not in self._agreed_before:
+            raise ProtocolError("agreed", f"{sender} says that it agreed to names it was never asked for", silo=sender)
         checks.check_distinct_keys({**self.ads, sender: ad})
         self.ads[sender] = ad
+
+    def joinable(self) -> list[str]:
+        """Who would be in U1 if joining closed now."""
+        return checks.joinable(self.ads)
 
     def receive_bundles(self, sender: str, wire: bytes, ciphertexts: Mapping[str, Ciphertexts]) -> None:
         """Stage 1: `ciphertexts` by peer; they must be the ones committed to."""
@@ -114,14 +132,31 @@ class AggregatorSession:
         self._require((Phase.UPLOAD,), sender, self.bundles)
         return BodyOpener(self._seal_key, 4 * self._terms.vector.words, *upload_info(self._transcript2, sender))
 
-    def receive_upload(self, sender: str, wire: bytes, vector: bytes) -> None:
-        """Stage 2: `wire` is the header of the sealed body, `vector` the SHA-256 of the words it carried."""
-        upload = self._open((Phase.UPLOAD,), sender, wire, Upload, self.bundles)
+    def receive_upload(self, sender: str, header: bytes, vector: bytes) -> None:
+        """Stage 2: `header` of the sealed body, and the SHA-256 of the words it carried.
+
+        Where sender and peer committed to different keys, one of the two shared garbage: their
+        masks would not cancel. The pair goes to `conflicts`.
+        """
+        self._require((Phase.UPLOAD,), sender, self.bundles)
+        with _named(sender):
+            content = decode_body(UploadHeader, header)
+        upload = self._open((Phase.UPLOAD,), sender, content.upload, Upload, self.bundles)
         if upload.body.transcript != self._transcript2:
             raise ProtocolError("transcript", f"{sender} masked for another set of silos", silo=sender)
         if upload.body.vector != vector:
             raise ProtocolError("vector", f"{sender} sent another vector than it signed", silo=sender)
+        peers = [name for name in self.bundles if name != sender]
+        signed = pairs_commitment(self._transcript2, sender, content.pairs) == upload.body.pairs
+        if not signed or len(content.pairs) != len(peers):
+            raise ProtocolError("vector", f"{sender} sent other commitments than it signed", silo=sender)
         self.uploads[sender] = upload
+        self._commitments[sender] = dict(zip(peers, content.pairs, strict=True))
+        self.conflicts += [
+            (peer, sender)
+            for peer, theirs in self._commitments.items()
+            if peer != sender and theirs[sender] != self._commitments[sender][peer]
+        ]
 
     def receive_agree(self, sender: str, wire: bytes) -> None:
         """Stage 3. One more is welcome while others unmask."""
@@ -151,25 +186,31 @@ class AggregatorSession:
     def take_back(self, phase: Phase, sender: str) -> None:
         """Forget a message that could not be kept durably."""
         (self.ads, self.bundles, self.uploads, self.agrees, self.unmasks, self.results)[phase].pop(sender, None)
+        if phase is Phase.UPLOAD:
+            self._commitments.pop(sender, None)
+            self.conflicts = [pair for pair in self.conflicts if sender not in pair]
 
     def close(self) -> None:
         """End the present phase and fix its list.
 
         Raises:
-            ProtocolError: `floor`: too few have answered.
+            ProtocolError: `floor`: too few have answered; `agreed`: a silo cannot go on with just these.
         """
         if self.phase <= Phase.UPLOAD:
-            checks.check_floor(self._terms, self.answered(self.phase), self.phase.name.lower())
+            names = self.joinable() if self.phase is Phase.JOIN else list(self.answered(self.phase))
+            checks.check_floor(self._terms, names, self.phase.name.lower())
         elif len(self.answered(self.phase)) < self._terms.threshold:
             count, stage = len(self.answered(self.phase)), self.phase.name.lower()
             raise ProtocolError("floor", f"{count} silos at stage {stage!r}, {self._terms.threshold} must answer")
         if self.phase is Phase.JOIN:
-            self.ads = dict(sorted(self.ads.items()))
+            self.ads = {name: self.ads[name] for name in names}
             self._transcript = join_transcript(self._opening.base, self.ads)
         elif self.phase is Phase.SHARE:
+            checks.check_bound(self.ads, self.bundles, final=False)
             self.bundles = dict(sorted(self.bundles.items()))
             self._transcript2 = share_transcript(self._transcript, self.bundles)
         elif self.phase is Phase.UPLOAD:
+            checks.check_bound(self.ads, self.uploads, final=True)
             self.uploads = dict(sorted(self.uploads.items()))
             self._survivors = survivors_hash(self._transcript2, self.uploads)
         self.phase = Phase(self.phase + 1)
@@ -184,7 +225,28 @@ class AggregatorSession:
         Raises:
             ProtocolError: `secret`.
         """
-        return unmask_sum(vectors, self._terms.vector.words, masks_left(self._evidence()))
+        left = masks_left(self._transcript2, reveal(self._evidence()))
+        return unmask_sum(vectors, self._terms.vector.words, left)
+
+    def sum_proof(self) -> SumProof:
+        """With `verify_sum`: what was taken off the sum of the published vectors, once the result is known.
+
+        Raises:
+            ProtocolError: `early`.
+        """
+        if self._proof is not None:
+            return self._proof
+        if self._expected is None:
+            raise ProtocolError("early", "the sum is not known yet")
+        revealed = reveal(self._evidence())
+        dropped = len(self.bundles) > len(self.uploads)
+        pairs = [
+            SurvivorPairs(commitments=list(self._commitments[name].values()), dropped=list(keys.values()))
+            for name, keys in revealed.pairs.items()
+        ]
+        secrets = list(revealed.secrets.values())
+        self._proof = SumProof(sum=self._expected.sum, secrets=secrets, pairs=pairs if dropped else [])
+        return self._proof
 
     def compute_result(self, total: Words, old: AdapterState) -> Outcome:
         """The outcome of the unmasked sum; from now on silos are held to it.
@@ -202,10 +264,8 @@ class AggregatorSession:
     ) -> Signed[B]:
         """Open a message that must come from `sender` itself, a member, in one of `phases`."""
         self._require(phases, sender, members)
-        try:
+        with _named(sender):
             signed = open_message(wire, model, self._terms.federation, self._terms.roster)
-        except ProtocolError as error:
-            raise ProtocolError(error.code, f"{sender}: {error}", silo=sender) from error
         if signed.sender != sender:
             raise ProtocolError("signature", f"{sender} sent a message of {signed.sender}", silo=sender)
         return signed
@@ -227,5 +287,15 @@ class AggregatorSession:
             self.bundles,
             self._ciphertexts,
             self.uploads,
+            self._commitments,
             dict(self.unmasks),  # others may still arrive while this one is used
         )
+
+
+@contextmanager
+def _named(sender: str) -> Iterator[None]:
+    """Whose message it was that breaks a rule."""
+    try:
+        yield
+    except ProtocolError as error:
+        raise ProtocolError(error.code, f"{sender}: {error}", silo=sender) from error

@@ -20,6 +20,8 @@ def check_key_ad(ad: KeyAd, base: bytes, sender: str) -> None:
     """Keys that are for this attempt and that somebody could seal to safely."""
     if ad.base != base:
         raise ProtocolError("base", f"{sender} sent keys for another attempt", silo=sender)
+    if ad.agreed and (ad.agreed != sorted(set(ad.agreed)) or sender not in ad.agreed):
+        raise ProtocolError("agreed", f"{sender} says that it agreed to an impossible list of names", silo=sender)
     try:
         check_x25519_public(ad.mask_public)
         check_seal_public(ad.share_seal)
@@ -46,3 +48,32 @@ def check_bundles(bundles: Bundles, transcript: bytes, sender: str, joined: Coll
         raise ProtocolError("transcript", f"{sender} shared among another set of silos", silo=sender)
     if [entry.peer for entry in bundles.entries] != sorted(name for name in joined if name != sender):
         raise ProtocolError("bundle", f"{sender}'s bundles do not cover exactly the other silos", silo=sender)
+
+
+def joinable(ads: Mapping[str, Signed[KeyAd]]) -> list[str]:
+    """The most silos that one attempt can hold, in the order of names; of equals, those that have agreed before.
+
+    A silo that has agreed to a list of names over this model goes on with exactly these or not at all.
+    """
+    bound = {name: tuple(ad.body.agreed) for name, ad in ads.items() if ad.body.agreed}
+    free = tuple(sorted(set(ads) - set(bound)))
+    lists = {names for names in bound.values() if all(bound.get(name, names) == names for name in names)}
+    complete = sorted(names for names in lists if set(names) <= set(ads))
+    candidates: list[tuple[str, ...]] = [*complete, free]
+    best = max(candidates, key=len)
+    return list(best)
+
+
+def check_bound(ads: Mapping[str, Signed[KeyAd]], names: Collection[str], *, final: bool) -> None:
+    """Whether those of `names` that have agreed before can still go on; `final`: these are the survivors.
+
+    Raises:
+        ProtocolError: `agreed`; names a silo that cannot.
+    """
+    for name in names:
+        agreed = set(ads[name].body.agreed)
+        if agreed and (agreed != set(names) if final else not agreed <= set(names)):
+            missing = ", ".join(sorted(agreed - set(names))) or "others"
+            raise ProtocolError(
+                "agreed", f"{name} agreed to the sum over {', '.join(sorted(agreed))} alone; {missing} dropped out"
+            )

@@ -6,6 +6,7 @@ HKDF is HKDF-SHA256 (RFC 5869); every `info` is a CBOR array that begins with a 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,14 +83,27 @@ def self_key(b: bytes, transcript2: bytes, owner: str) -> bytes:
     return _hkdf(b, transcript2, 32, "fedclip/v1/self", owner)
 
 
-def self_commitment(b: bytes) -> bytes:
+def self_commitment(base: bytes, owner: str, b: bytes) -> bytes:
     """What a silo's `KeyAd` says of its `b`."""
-    return canonical.digest("fedclip/v1/self-commit", b)
+    return canonical.digest("fedclip/v1/self-commit", base, owner, b)
 
 
 def share_commitment(transcript: bytes, owner: str, holder: str, kind: str, share: bytes) -> bytes:
     """What `owner` says in its `Bundles` of the share of its `b` or `seed` (`kind`) it gave to `holder`."""
     return canonical.digest("fedclip/v1/share", transcript, owner, holder, kind, share)
+
+
+def pair_commitment(transcript2: bytes, one: str, other: str, key: bytes) -> bytes:
+    """What each of two silos says of the mask key that they share: the same 32 bytes, if it is the same key.
+
+    The key has 256 bits of entropy, so its hash says nothing of it (random oracle).
+    """
+    return canonical.digest("fedclip/v1/pair-commit", transcript2, *sorted((one, other)), key)
+
+
+def pairs_commitment(transcript2: bytes, owner: str, commitments: Sequence[bytes]) -> bytes:
+    """What `owner` signs of its commitments to all its pair keys, in the order of its peers in U2."""
+    return canonical.digest("fedclip/v1/pair-commits", transcript2, owner, list(commitments))
 
 
 def share_info(transcript: bytes, sender: str, receiver: str) -> list[Any]:

@@ -62,6 +62,7 @@ class KeyAd(Body):
     share_seal: SealPublic
     salt_seal: SealPublic
     self_commit: Hash  # of b
+    agreed: Annotated[list[Party], Field(max_length=255)]  # names it agreed to over this model before; else none
 
 
 class Bundle(Body):
@@ -84,11 +85,24 @@ class Bundles(Body):
 
 
 class Upload(Body):
-    """Stage 2: commits to a masked vector."""
+    """Stage 2: commits to a masked vector, and to the pair keys that it was masked with."""
 
     type: ClassVar[str] = "upload"
     transcript: Hash  # T2
     vector: Hash
+    pairs: Hash  # of the commitments to one key for each peer in U2
+
+
+class UploadHeader(Body):
+    """What travels in front of the masked vector, inside the seal."""
+
+    type: ClassVar[str] = "upload-header"
+    upload: Annotated[bytes, Field(min_length=1, max_length=1024)]  # the signed Upload
+    pairs: Annotated[list[Hash], Field(max_length=254)]  # one commitment for each peer in U2, in the order of names
+
+    def encode(self) -> bytes:
+        """Canonical CBOR; not signed, because `Upload` binds it."""
+        return canonical.encode(self.plain())
 
 
 class Agree(Body):
@@ -105,7 +119,7 @@ class PeerShare(Body):
     type: ClassVar[str] = "peer-share"
     peer: Party
     kind: Literal["b", "seed"]
-    share: Key
+    share: Key = Field(repr=False)
 
 
 class PairKey(Body):
@@ -113,7 +127,7 @@ class PairKey(Body):
 
     type: ClassVar[str] = "pair-key"
     peer: Party
-    key: Key
+    key: Key = Field(repr=False)
 
 
 class Unmask(Body):
@@ -122,9 +136,30 @@ class Unmask(Body):
     type: ClassVar[str] = "unmask"
     transcript: Hash  # T2
     survivors: Hash
-    b: Key
+    b: Key = Field(repr=False)
     shares: Annotated[list[PeerShare], Field(max_length=254)]
     pairs: Annotated[list[PairKey], Field(max_length=254)]
+
+
+class SurvivorPairs(Body):
+    """Of one survivor: its commitments to its pair keys, and those keys that it shared with drop-outs."""
+
+    type: ClassVar[str] = "survivor-pairs"
+    commitments: Annotated[list[Hash], Field(max_length=254)]  # as in its UploadHeader
+    dropped: Annotated[list[Key], Field(max_length=254, repr=False)]  # in the order of names
+
+
+class SumProof(Body):
+    """With `verify_sum`: what the aggregator took off the sum. The masked vectors go with it."""
+
+    type: ClassVar[str] = "sum-proof"
+    sum: Hash
+    secrets: Annotated[list[Key], Field(max_length=255, repr=False)]  # b of each survivor, in the order of names
+    pairs: Annotated[list[SurvivorPairs], Field(max_length=255)]  # of each survivor; none where nobody dropped out
+
+    def encode(self) -> bytes:
+        """Canonical CBOR; not signed, because signed commitments stand for all of it."""
+        return canonical.encode(self.plain())
 
 
 class Result(Body):
@@ -165,6 +200,7 @@ class Complaint(Body):
 
 
 B = TypeVar("B", bound=Body)
+Ciphertexts = tuple[bytes, bytes]  # for one peer: its two shares, its pair salt
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +223,17 @@ def parse(model: type[B], data: Any) -> B:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ProtocolError("message", f"a {model.type} message is malformed at {where!r}: {first['msg']}") from error
+        # Without pydantic's own error, which holds what came in: it may be a secret.
+        raise ProtocolError("message", f"a {model.type} message is malformed at {where!r}: {first['msg']}") from None
+
+
+def decode_body(model: type[B], data: bytes) -> B:
+    """Decode a body that travels without a signature of its own.
+
+    Raises:
+        ProtocolError: `encoding` or `message`.
+    """
+    return parse(model, canonical.decode(data))
 
 
 def sign_message(body: Body, federation: str, sender: str, sign: Sign) -> bytes:

@@ -53,6 +53,16 @@ def check_opening(terms: Terms, position: Position, wire: bytes, results: Sequen
     return Opening(ad, base_hash(ad))
 
 
+def reopen(terms: Terms, wire: bytes) -> Opening:
+    """An opening that this party has made or accepted before.
+
+    Raises:
+        ProtocolError: it was altered since.
+    """
+    ad = open_message(wire, ServerAd, terms.federation, terms.roster).body
+    return Opening(ad, base_hash(ad))
+
+
 def check_results(terms: Terms, wires: Sequence[bytes]) -> Result:
     """Verify that t silos signed one and the same `Result` of this plan and roster.
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedclip_secure.errors import ProtocolError
-from fedclip_secure.model.state import AdapterState
+from fedclip_secure.model.state import AdapterState, Floats
 from fedclip_secure.secagg.messages import Result, ServerAd, vector_hash
-from fedclip_secure.secagg.ring import Total, Words, read_total
+from fedclip_secure.secagg.ring import FixedPoint, Total, Words, chunks, read_total
 from fedclip_secure.secagg.terms import Terms
 
 
@@ -40,12 +40,25 @@ def compute_outcome(
     _check_weights(terms, total, survivors)
     if not terms.trains(round_number) and total.update.any():
         raise ProtocolError("sum-bounds", "the closing validation round moved the model: a silo sent garbage")
-    mean = terms.grid.mean(total.update, total.weight)
-    vector = (old.vector.astype(np.float64) + mean).astype(np.float32)
-    if terms.trains(round_number) and np.array_equal(vector, old.vector):
-        # The next round would start from the same model, over which every silo adds its vector only once.
-        raise ProtocolError("unmoved", "the round moved no parameter; the plan's training.optimizer.lr is too small")
-    return Outcome(AdapterState(old.layout, vector), tuple(survivors), total.weight, total.correct, total.total)
+    model = old
+    if terms.trains(round_number):
+        vector, moved = _step(old.vector, total, terms.grid)
+        if not moved:
+            # The next round would start from the same model, over which every silo adds its vector only once.
+            raise ProtocolError(
+                "unmoved", "the round moved no parameter; the plan's training.optimizer.lr is too small"
+            )
+        model = AdapterState(old.layout, vector)
+    return Outcome(model, tuple(survivors), total.weight, total.correct, total.total)
+
+
+def _step(old: Floats, total: Total, grid: FixedPoint) -> tuple[Floats, bool]:
+    """The next vector (d,), and whether it differs from `old` (d,); beside them memory does not grow with d."""
+    vector, moved = np.empty(total.update.size, dtype=np.float32), False
+    for part in chunks(total.update.size):
+        vector[part] = old[part].astype(np.float64) + grid.mean(total.update[part], total.weight)
+        moved = moved or not np.array_equal(vector[part], old[part])
+    return vector, moved
 
 
 def result_of(ad: ServerAd, transcript2: bytes, survivors: bytes, words: Words, outcome: Outcome) -> Result:

@@ -32,7 +32,7 @@ PUBLIC_BYTES = 1184 + 32  # ML-KEM-768, X25519
 PRIVATE_BYTES = 64 + 32  # ML-KEM seed (d, z), X25519 scalar
 OVERHEAD = 1088 + 32 + 16  # encapsulation and tag of one sealed text
 FRAME = 1 << 20  # bytes of one frame of a large body, before its tag
-MAX_HEADER = 1024  # bytes of the message that travels in front of a large body
+MAX_HEADER = 10 * 2**10  # bytes of what travels in front of a large body: an Upload and 254 commitments
 _TAG = 16
 _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _P = 2**255 - 19
@@ -113,8 +113,7 @@ def check_x25519_public(public: bytes) -> None:
 
 def sealed_body_size(header: int, body: int) -> int:
     """Bytes of a sealed body that carries a header of `header` bytes and frames of `body` bytes in all."""
-    frames = max(1, -(-body // FRAME))
-    return 4 + 32 + header + OVERHEAD + body + frames * _TAG
+    return 4 + 32 + header + OVERHEAD + body + _frames(body) * _TAG
 
 
 def sealed_body_limit(body: int) -> int:
@@ -122,22 +121,36 @@ def sealed_body_limit(body: int) -> int:
     return sealed_body_size(MAX_HEADER, body)
 
 
-def seal_body(header: bytes, body: memoryview, public: bytes, *info: Any) -> Iterator[bytes]:
-    """Seal a large body: a fresh key and `header` by HPKE, then frames of AES-256-GCM under that key.
+@dataclass(frozen=True, slots=True)
+class SealedBody:
+    """How a large body is sealed: a fresh key and a header by HPKE, then frames of AES-256-GCM under that key.
 
     Layout: length of the HPKE text (4 bytes, big-endian), HPKE text of key ‖ header, frames. Each
     frame is 1 MiB of body (the last one less) and its tag; its nonce is an 11-byte big-endian
     counter and a byte that is 1 in the last frame only, so frames cannot be cut off, swapped or
     repeated (the STREAM construction, Hoang et al., CRYPTO 2015).
     """
-    key = os.urandom(32)
-    head = seal(key + header, public, *info)
-    yield struct.pack(">I", len(head)) + head
-    cipher = AESGCM(key)
-    count = max(1, -(-len(body) // FRAME))
-    for index in range(count):
-        frame = body[index * FRAME : (index + 1) * FRAME]
-        yield cipher.encrypt(_nonce(index, last=index == count - 1), frame, None)
+
+    head: bytes  # HPKE text
+    key: bytes = field(repr=False)  # for one body alone: the frames of another would repeat its nonces
+
+    @classmethod
+    def start(cls, header: bytes, public: bytes, *info: Any) -> SealedBody:
+        """Draw the key and seal it with `header` to a `SealKey.public`, bound to `info`."""
+        key = os.urandom(32)
+        return cls(seal(key + header, public, *info), key)
+
+    def length(self, body: memoryview) -> int:
+        """Bytes of all pieces."""
+        return 4 + len(self.head) + len(body) + _frames(len(body)) * _TAG
+
+    def pieces(self, body: memoryview) -> Iterator[bytes]:
+        """The sealed text of `body`, byte for byte the same each time; always the same `body` must be given."""
+        yield struct.pack(">I", len(self.head)) + self.head
+        cipher, count = AESGCM(self.key), _frames(len(body))
+        for index in range(count):
+            frame = body[index * FRAME : (index + 1) * FRAME]
+            yield cipher.encrypt(_nonce(index, last=index == count - 1), frame, None)
 
 
 class BodyOpener:
@@ -198,6 +211,10 @@ class BodyOpener:
             raise ProtocolError("seal", "a frame of the body does not open") from error
         self._index, self._left, self._done = self._index + 1, self._left - body, last
         return opened
+
+
+def _frames(body: int) -> int:
+    return max(1, -(-body // FRAME))
 
 
 def _nonce(index: int, *, last: bool) -> bytes:

@@ -7,16 +7,19 @@ could reveal this silo's update has left.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg import checks, masks, sealing, shamir
+from fedclip_secure.secagg.audit import SumCheck
 from fedclip_secure.secagg.keys import (
     AttemptSecrets,
     Peer,
+    pair_commitment,
+    pairs_commitment,
     salt_info,
     self_commitment,
     self_key,
@@ -31,15 +34,19 @@ from fedclip_secure.secagg.messages import (
     Body,
     Bundle,
     Bundles,
+    Ciphertexts,
     KeyAd,
     PairKey,
     PeerShare,
     Sign,
     Signed,
+    SumProof,
     Unmask,
     Upload,
+    UploadHeader,
     by_sender,
     join_transcript,
+    open_message,
     share_transcript,
     sign_message,
     survivors_hash,
@@ -47,10 +54,10 @@ from fedclip_secure.secagg.messages import (
 )
 from fedclip_secure.secagg.opening import Opening
 from fedclip_secure.secagg.outcome import Outcome, compute_outcome, result_of
-from fedclip_secure.secagg.ring import Words
+from fedclip_secure.secagg.ring import WORD, Words
+from fedclip_secure.secagg.sealing import SealedBody
 from fedclip_secure.secagg.terms import Terms
 
-Ciphertexts = tuple[bytes, bytes]  # for one peer: its two shares, its pair salt
 SHARE = 32  # bytes of one share
 
 
@@ -75,7 +82,9 @@ class ModelRecord:
     """
 
     model: bytes  # digest
-    vector: Words = field(repr=False)  # integers before masking: update, weight, counts
+    # Integers before masking (words,): update, weight, counts. Opened when they are masked, because
+    # they may be a file of hundreds of megabytes.
+    open_vector: Callable[[], Words] = field(repr=False)
     agreed: tuple[str, ...] | None = None
 
 
@@ -89,22 +98,40 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class MaskedUpload:
-    """Stage 2: the signed `Upload` and the masked vector it commits to."""
+    """Stage 2: an `UploadHeader`, encoded, and the masked vector it commits to."""
 
-    signed: bytes
+    header: bytes
     words: Words
+
+    @property
+    def body(self) -> memoryview:
+        """The words as they travel: little-endian, 4 bytes each."""
+        return self.words.astype(WORD, copy=False).data.cast("B")
 
 
 class SiloSession:
-    """A silo's side of one attempt."""
+    """A silo's side of one attempt.
 
-    def __init__(self, terms: Terms, silo: str, sign: Sign, opening: Opening, record: ModelRecord) -> None:
-        if record.model != opening.ad.model or record.vector.size != terms.vector.words:
-            raise ValueError("the record belongs to another model or plan")
+    All that it does follows from its arguments, from what the aggregator answered, and from the
+    `Shares` it drew: a restarted silo that gives it the same again is where it was.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        silo: str,
+        sign: Sign,
+        opening: Opening,
+        record: ModelRecord,
+        *,
+        secrets: AttemptSecrets | None = None,  # fresh ones, or those of this very attempt before a restart
+    ) -> None:
+        if record.model != opening.ad.model:
+            raise ValueError("the record belongs to another model")
         self.stage = Stage.OPENED
         self._terms, self._silo, self._sign = terms, silo, sign
         self._opening, self._record = opening, record
-        self._secrets = AttemptSecrets.fresh(opening.base)
+        self.secrets = secrets or AttemptSecrets.fresh(opening.base)
         self._transcript = self._transcript2 = self._survivors = b""  # T, T2, H(U3)
         self._ads: dict[str, Signed[KeyAd]] = {}  # U1
         self._bundles: dict[str, Signed[Bundles]] = {}  # U2
@@ -117,43 +144,47 @@ class SiloSession:
         """T, once this silo has shared: what a `Complaint` refers to."""
         return self._transcript
 
+    @property
+    def agreed(self) -> tuple[str, ...]:
+        """The names that this silo is bound to over this model; none before it agrees."""
+        return self._record.agreed or ()
+
     def join(self) -> bytes:
         """Stage 0: give a signed `KeyAd`."""
         self._advance(Stage.OPENED, Stage.JOINED)
-        secrets = self._secrets
+        secrets = self.secrets
         self._ad = KeyAd(
             base=self._opening.base,
             mask_public=secrets.keys.mask_public,
             share_seal=secrets.share_seal.public,
             salt_seal=secrets.keys.salt_seal.public,
-            self_commit=self_commitment(secrets.b),
+            self_commit=self_commitment(self._opening.base, self._silo, secrets.b),
+            agreed=list(self._record.agreed or ()),
         )
         return self._sign_body(self._ad)
 
-    def share(self, ads: Sequence[bytes]) -> Shares:
-        """Stage 1: check U1 and share both secrets among it.
+    def share(self, ads: Sequence[bytes], drawn: Shares | None = None) -> Shares:
+        """Stage 1: check U1 and share both secrets among it. `drawn`: with these shares, drawn before a restart.
 
         Raises:
-            ProtocolError: `floor`, `mine`, `base`, `key`, or a fault of encoding or signature.
+            ProtocolError: `floor`, `mine`, `base`, `key`, `agreed`, or a fault of encoding or signature.
         """
         self._advance(Stage.JOINED, Stage.SHARED)
         self._ads = self._open_list(ads, KeyAd, self._ad)
         for name, ad in self._ads.items():
             checks.check_key_ad(ad.body, self._opening.base, name)
         checks.check_distinct_keys(self._ads)
+        self._check_agreed(self._ads)
         self._transcript = join_transcript(self._opening.base, self._ads)
-        entries, ciphertexts = [], {}
-        for peer, shares in self._split_secrets().items():
-            ciphertexts[peer] = self._seal_for(peer, shares)
-            entries.append(self._bundle(peer, shares, ciphertexts[peer]))
-        self._own_bundles = Bundles(transcript=self._transcript, entries=entries)
-        return Shares(self._sign_body(self._own_bundles), ciphertexts)
+        shares = drawn or self._draw_shares()
+        self._own_bundles = open_message(shares.bundles, Bundles, self._terms.federation, self._terms.roster).body
+        return shares
 
     def upload(self, bundles: Sequence[bytes], inbox: Mapping[str, Ciphertexts]) -> MaskedUpload:
         """Stage 2: check U2 and all that is addressed to this silo, then mask the vector.
 
         Raises:
-            ProtocolError: `floor`, `mine`, `list`, `transcript`; `bundle` names the silo to complain of.
+            ProtocolError: `floor`, `mine`, `list`, `transcript`, `agreed`; `bundle` names the silo to complain of.
         """
         self._advance(Stage.SHARED, Stage.UPLOADED)
         self._bundles = self._open_list(bundles, Bundles, self._own_bundles)
@@ -161,24 +192,23 @@ class SiloSession:
             raise ProtocolError("list", "a silo shared that had not joined")
         for name, message in self._bundles.items():
             checks.check_bundles(message.body, self._transcript, name, self._ads)
+        self._check_agreed(self._bundles)
         self._transcript2 = share_transcript(self._transcript, self._bundles)
-        add = [self_key(self._secrets.b, self._transcript2, self._silo)]
-        subtract: list[bytes] = []
+        add, subtract = [self_key(self.secrets.b, self._transcript2, self._silo)], list[bytes]()
         for peer in self._peers():
             other = Peer(peer, self._ads[peer].body.mask_public, self._receive(peer, inbox))
-            self._pair_keys[peer] = self._secrets.keys.pair_key(self._transcript2, self._silo, other)
+            self._pair_keys[peer] = self.secrets.keys.pair_key(self._transcript2, self._silo, other)
             (add if peer > self._silo else subtract).append(self._pair_keys[peer])
-        words = self._record.vector.copy()
-        masks.apply(words, add, subtract)
-        self._own_upload = Upload(transcript=self._transcript2, vector=vector_hash(words))
-        return MaskedUpload(self._sign_body(self._own_upload), words)
+        vector = self._record.open_vector()
+        if vector.size != self._terms.vector.words:
+            raise ValueError("the vector belongs to another plan")
+        words = masks.masked(vector, add, subtract)
+        return MaskedUpload(self._commit(words), words)
 
-    def seal_upload(self, upload: MaskedUpload) -> Iterator[bytes]:
-        """The body of stage 2, in pieces: `Upload` and masked words, sealed to the aggregator."""
-        body = upload.words.data.cast("B")
-        return sealing.seal_body(
-            upload.signed, body, self._opening.ad.seal_public, *upload_info(self._transcript2, self._silo)
-        )
+    def seal_upload(self, upload: MaskedUpload) -> SealedBody:
+        """How the body of stage 2 is sealed to the aggregator: header and masked words."""
+        public = self._opening.ad.seal_public
+        return SealedBody.start(upload.header, public, *upload_info(self._transcript2, self._silo))
 
     def agree(self, uploads: Sequence[bytes]) -> bytes:
         """Stage 3: check U3 and sign it. From here on this silo signs no other names over this model.
@@ -195,9 +225,7 @@ class SiloSession:
             if message.body.transcript != self._transcript2:
                 raise ProtocolError("transcript", f"{name} masked for another set of silos than this one")
         names = tuple(self._uploads)
-        if self._record.agreed not in (None, names):
-            earlier = ", ".join(self._record.agreed or ())
-            raise ProtocolError("agreed", f"this silo agreed to the sum over {earlier} for this model, and to no other")
+        self._check_agreed(names, final=True)
         self._record.agreed = names
         self._survivors = survivors_hash(self._transcript2, self._uploads)
         return self._sign_body(Agree(transcript=self._transcript2, survivors=self._survivors))
@@ -223,7 +251,7 @@ class SiloSession:
         body = Unmask(
             transcript=self._transcript2,
             survivors=self._survivors,
-            b=self._secrets.b,
+            b=self.secrets.b,
             shares=[self._release(peer) for peer in self._peers()],
             pairs=[PairKey(peer=peer, key=self._pair_keys[peer]) for peer in dropped],
         )
@@ -232,6 +260,15 @@ class SiloSession:
             self._opening.ad.seal_public,
             *unmask_info(self._transcript2, self._survivors, self._silo),
         )
+
+    def check_sum(self, proof: SumProof) -> SumCheck:
+        """With `verify_sum`: what adds the survivors' masked vectors up again, once the aggregator's proof holds.
+
+        Raises:
+            ProtocolError: `sum`: a secret is not the one that its silo committed to.
+        """
+        words = self._terms.vector.words
+        return SumCheck(self._transcript2, self._ads, self._bundles, self._uploads, proof=proof, words=words)
 
     def result(self, total: Words, old: AdapterState) -> tuple[bytes, Outcome]:
         """Stage 5: compute the next model from the sum (words,) and the model of the opening; sign it.
@@ -263,6 +300,35 @@ class SiloSession:
             raise ProtocolError("mine", f"the server's list of {model.type} messages lacks or alters this silo's own")
         return opened
 
+    def _check_agreed(self, names: Collection[str], *, final: bool = False) -> None:
+        """Two sums over one model and different names would disclose what lies between them."""
+        agreed = set(self._record.agreed or ())
+        if agreed and (agreed != set(names) if final else not agreed <= set(names)):
+            raise ProtocolError(
+                "agreed",
+                f"this silo agreed to the sum over {', '.join(sorted(agreed))} for this model, and to no other; "
+                f"this attempt is among {', '.join(sorted(names))}",
+            )
+
+    def _commit(self, words: Words) -> bytes:
+        """The header of stage 2: signed, over the masked words and all pair keys."""
+        commitments = [
+            pair_commitment(self._transcript2, self._silo, peer, key) for peer, key in self._pair_keys.items()
+        ]
+        self._own_upload = Upload(
+            transcript=self._transcript2,
+            vector=vector_hash(words),
+            pairs=pairs_commitment(self._transcript2, self._silo, commitments),
+        )
+        return UploadHeader(upload=self._sign_body(self._own_upload), pairs=commitments).encode()
+
+    def _draw_shares(self) -> Shares:
+        entries, ciphertexts = [], {}
+        for peer, shares in self._split_secrets().items():
+            ciphertexts[peer] = self._seal_for(peer, shares)
+            entries.append(self._bundle(peer, shares, ciphertexts[peer]))
+        return Shares(self._sign_body(Bundles(transcript=self._transcript, entries=entries)), ciphertexts)
+
     def _peers(self) -> list[str]:
         """U2 without this silo, in the order of names."""
         return [name for name in self._bundles if name != self._silo]
@@ -270,12 +336,12 @@ class SiloSession:
     def _split_secrets(self) -> dict[str, tuple[bytes, bytes]]:
         """Shares of seed and b for each peer in U1; this silo keeps its own."""
         points = {name: self._terms.roster.index(name) for name in self._ads}
-        seeds = shamir.split(self._secrets.keys.seed, self._terms.threshold, list(points.values()))
-        bs = shamir.split(self._secrets.b, self._terms.threshold, list(points.values()))
+        seeds = shamir.split(self.secrets.keys.seed, self._terms.threshold, list(points.values()))
+        bs = shamir.split(self.secrets.b, self._terms.threshold, list(points.values()))
         return {peer: (seeds[x], bs[x]) for peer, x in points.items() if peer != self._silo}
 
     def _seal_for(self, peer: str, shares: tuple[bytes, bytes]) -> Ciphertexts:
-        ad, salt = self._ads[peer].body, self._secrets.keys.salt_for(self._silo, peer)
+        ad, salt = self._ads[peer].body, self.secrets.keys.salt_for(self._silo, peer)
         return (
             sealing.seal(b"".join(shares), ad.share_seal, *share_info(self._transcript, self._silo, peer)),
             sealing.seal(salt, ad.salt_seal, *salt_info(self._transcript, self._silo, peer)),
@@ -300,8 +366,8 @@ class SiloSession:
         ):
             raise ProtocolError("inbox", f"the server altered or withheld what {peer} sent to this silo")
         try:
-            shares = self._secrets.share_seal.open(sealed_share, *share_info(self._transcript, peer, self._silo))
-            salt = self._secrets.keys.salt_seal.open(sealed_salt, *salt_info(self._transcript, peer, self._silo))
+            shares = self.secrets.share_seal.open(sealed_share, *share_info(self._transcript, peer, self._silo))
+            salt = self.secrets.keys.salt_seal.open(sealed_salt, *salt_info(self._transcript, peer, self._silo))
         except ProtocolError as error:
             raise ProtocolError("bundle", f"what {peer} sealed to this silo does not open", silo=peer) from error
         seed_share, b_share = shares[:SHARE], shares[SHARE:]

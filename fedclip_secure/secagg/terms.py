@@ -10,6 +10,8 @@ from fedclip_secure.model.state import Layout
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.ring import FixedPoint, VectorLayout
 
+VERIFIED_AT_MOST = 64_000_000  # bytes of masked vectors that a silo downloads under `verify_sum: auto`
+
 
 def threshold(silos: int, mode: str, colluding: int) -> int:
     """t: how many silos must answer before anything is unmasked.
@@ -41,6 +43,7 @@ class Terms:
     training_rounds: int
     counted_from: int  # first round in which validation counts travel
     public_weights: dict[str, int] | None
+    verify_sum: bool  # whether every silo downloads the masked vectors and adds them up again
 
     @classmethod
     def of(cls, contract: Contract, roster: Roster) -> Terms:
@@ -84,6 +87,7 @@ class Terms:
             # silos, the difference of the two sums would disclose one silo's counts.
             counted_from=1 if plan.initial is None else 2,
             public_weights=agreed.public_weights,
+            verify_sum=_verifies(agreed.verify_sum, n * 4 * layout.size),
         )
 
     def trains(self, number: int) -> bool:
@@ -100,3 +104,7 @@ class Terms:
     def absent_tolerated(self) -> int:
         """How many silos of the roster may miss a round."""
         return len(self.roster.silos) - self.floor
+
+
+def _verifies(choice: str, size: int) -> bool:
+    return choice == "always" or (choice == "auto" and size <= VERIFIED_AT_MOST)

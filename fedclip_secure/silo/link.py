@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -15,12 +16,12 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.errors import FedClipError, ModelError, ProtocolError, TransportError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.roster import Roster
+from fedclip_secure.secagg.messages import SumProof, decode_body
 from fedclip_secure.secagg.ring import WORD, Words
-from fedclip_secure.secagg.silo_session import Shares
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.pins import Accepted
 from fedclip_secure.transport.client import Client
-from fedclip_secure.transport.messages import OpeningAnswer, SharesAnswer, SharesRequest, WireList, parse
+from fedclip_secure.transport.messages import OpeningAnswer, WireList, parse
 
 _LEFT = ("late", "left-out", "ended", "early")  # the attempt goes on, or ended, without this silo
 _PRESENCE = 5.0  # seconds between two signs of life
@@ -33,9 +34,14 @@ class LeftOutError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One silo's connection to its aggregator."""
+    """One silo's connection to its aggregator.
+
+    What has the size of the model comes through a file in `folder`, one at a time. That is the workdir: it has room
+    for adapters and belongs to this process alone, while a system's folder for temporary files often lies in memory.
+    """
 
     client: Client
+    folder: Path
 
     async def offer(self, source: str) -> Accepted:
         """Contract and roster as the server has them."""
@@ -61,8 +67,8 @@ class Link:
             ModelError: the server sent another.
         """
         limit = 4 * terms.layout.size + _MODEL_SLACK
-        data = (await self.client.get(f"/v1/models/{digest.hex()}", limit=limit)).body
-        state = AdapterState.from_safetensors(data, terms.layout, "the server's model")
+        async with self._arrived(f"/v1/models/{digest.hex()}", limit) as file:
+            state = AdapterState.from_file(file, terms.layout, "the server's model")
         if state.digest != digest:
             raise ModelError(f"the server sent another model than {digest.hex()}; tell the coordinator")
         return state
@@ -76,13 +82,21 @@ class Link:
         """The signed results of a finished round."""
         return parse(WireList, (await self.client.get(f"/v1/rounds/{round_number}/results")).body).messages
 
-    async def messages(self, attempt: int, stage: str) -> list[bytes]:
-        """The list of a stage, once it is closed."""
-        return parse(WireList, await self._poll(f"/v1/attempts/{attempt}/{stage}")).messages
+    async def receive(self, attempt: int, stage: str) -> bytes:
+        """The list of a stage, once it is closed: a `WireList`, or of stage `bundles` a `SharesAnswer`."""
+        return await self._poll(f"/v1/attempts/{attempt}/{stage}")
 
-    async def shares(self, attempt: int) -> SharesAnswer:
-        """U2 and this silo's inbox, once sharing is closed."""
-        return parse(SharesAnswer, await self._poll(f"/v1/attempts/{attempt}/bundles"))
+    async def sum_proof(self, attempt: int) -> SumProof:
+        """With `verify_sum`: what the aggregator took off the sum, once it has."""
+        return decode_body(SumProof, await self._poll(f"/v1/attempts/{attempt}/sum-proof"))
+
+    async def vector(self, attempt: int, silo: str, terms: Terms) -> Words:
+        """With `verify_sum`: the masked vector of a survivor.
+
+        Raises:
+            ProtocolError: `length`.
+        """
+        return await self._words(f"/v1/attempts/{attempt}/vectors/{silo}", f"the vector of {silo}", terms)
 
     async def sum(self, attempt: int, terms: Terms) -> Words:
         """The unmasked sum, once it is there.
@@ -90,10 +104,7 @@ class Link:
         Raises:
             ProtocolError: `length`.
         """
-        body = await self._poll(f"/v1/attempts/{attempt}/sum", limit=4 * terms.vector.words)
-        if len(body) != 4 * terms.vector.words:
-            raise ProtocolError("length", f"the sum has {len(body)} bytes, the plan's vector {4 * terms.vector.words}")
-        return np.frombuffer(body, dtype=WORD).astype(np.uint32, copy=False)
+        return await self._words(f"/v1/attempts/{attempt}/sum", "the sum", terms)
 
     async def send(self, attempt: int, stage: str, body: bytes) -> None:
         """Hand in one message of a stage."""
@@ -110,34 +121,49 @@ class Link:
             if error.code not in ("late", "ended"):
                 raise _left(error) from error
 
-    async def send_shares(self, attempt: int, shares: Shares) -> None:
-        """Stage 1."""
-        ciphertexts = {peer: list(pair) for peer, pair in shares.ciphertexts.items()}
-        request = SharesRequest(bundles=shares.bundles, ciphertexts=ciphertexts)
-        await self.send(attempt, "bundles", request.encode())
-
-    async def send_upload(self, attempt: int, pieces: Iterable[bytes]) -> None:
-        """Stage 2: the sealed masked vector; a retry sends the same bytes."""
-        kept = list(pieces)
+    async def send_upload(self, attempt: int, pieces: Callable[[], Iterable[bytes]], length: int) -> None:
+        """Stage 2: the sealed masked vector, `length` bytes; each try asks for the `pieces` anew."""
 
         async def chunks() -> AsyncIterator[bytes]:
-            for piece in kept:
+            for piece in pieces():
                 yield piece
 
         try:
-            await self.client.put_stream(f"/v1/attempts/{attempt}/uploads", chunks, sum(map(len, kept)))
+            await self.client.put_stream(f"/v1/attempts/{attempt}/uploads", chunks, length)
         except TransportError as error:
             raise _left(error) from error
 
-    async def _poll(self, path: str, limit: int | None = None) -> bytes:
+    async def _poll(self, path: str) -> bytes:
         """Repeat a long-poll until it answers."""
         while True:
             try:
-                answer = await (self.client.get(path) if limit is None else self.client.get(path, limit=limit))
+                answer = await self.client.get(path)
             except TransportError as error:
                 raise _left(error) from error
             if answer.status == 200:
                 return answer.body
+
+    async def _words(self, path: str, name: str, terms: Terms) -> Words:
+        """Words (terms.vector.words,) that a long-poll answers with, read-only, mapped from a file without a name."""
+        length = 4 * terms.vector.words
+        try:
+            async with self._arrived(path, length) as file:
+                if file.stat().st_size != length:
+                    raise ProtocolError("length", f"{name} has {file.stat().st_size} bytes, the plan's vector {length}")
+                return np.asarray(np.memmap(file, dtype=WORD, mode="r"), dtype=np.uint32)
+        except TransportError as error:
+            raise _left(error) from error
+
+    @asynccontextmanager
+    async def _arrived(self, path: str, limit: int) -> AsyncIterator[Path]:
+        """What the server answers with, once it does, in a file that is removed when the block ends."""
+        file = self.folder / "arrived"
+        try:
+            while not await self.client.download(path, file, limit):
+                pass
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
 
 
 @asynccontextmanager

@@ -69,7 +69,7 @@ async def save_adapters(link: Link, contract: Contract, terms: Terms, workdir: P
         state = await link.model(point.model, terms)
         card = _card(kind, point, contract, terms)
         folder = adapter_folder(workdir)
-        write_atomically(folder / f"{kind}.safetensors", state.to_safetensors({"model": point.model.hex()}))
+        state.to_file(folder / f"{kind}.safetensors", {"model": point.model.hex()})
         write_atomically(folder / f"{kind}.json", f"{json.dumps(card, indent=2, ensure_ascii=False)}\n".encode())
         saved.append(SavedAdapter(kind, folder / f"{kind}.safetensors", card))
     return saved
@@ -82,7 +82,7 @@ def load_adapter(path: Path, terms: Terms) -> AdapterState:
         ConfigError: there is none yet. ModelError: it is another method's.
     """
     try:
-        return AdapterState.from_safetensors(path.read_bytes(), terms.layout, str(path))
+        return AdapterState.from_file(path, terms.layout, str(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: is missing; `fedclip-silo train` writes it when the run ends") from error
     except OSError as error:

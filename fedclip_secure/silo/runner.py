@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fedclip_secure.data.dataset import Counts
-from fedclip_secure.errors import DataError, ProtocolError, TrustError
+from fedclip_secure.errors import ConfigError, DataError, ProtocolError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
-from fedclip_secure.pki.identity import Identity
-from fedclip_secure.secagg.messages import Complaint, ServerAd, Void, open_message, sign_message
-from fedclip_secure.secagg.opening import Opening, check_opening
-from fedclip_secure.secagg.outcome import Outcome
-from fedclip_secure.secagg.silo_session import ModelRecord, SiloSession
-from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.journal import Journal
+from fedclip_secure.secagg.keys import AttemptSecrets
+from fedclip_secure.secagg.messages import KeyAd, ServerAd, Void, open_message
+from fedclip_secure.secagg.opening import Opening, check_opening, reopen
+from fedclip_secure.secagg.ring import Words
+from fedclip_secure.secagg.silo_session import ModelRecord, SiloSession, Stage
+from fedclip_secure.silo.journal import Drawn, Journal, SavedAttempt, Step
 from fedclip_secure.silo.link import LeftOutError, Link, present
+from fedclip_secure.silo.party import Party
+from fedclip_secure.silo.stages import Stages
 from fedclip_secure.transport.messages import OpeningAnswer
 
 _PATIENT_CODES = ("agreed",)  # this silo leaves the attempt, and may take part in the next
@@ -39,20 +40,6 @@ class Trainer(Protocol):
         """How `state` does on this silo's validation records."""
 
 
-@dataclass(frozen=True, slots=True)
-class Party:
-    """Who takes part in what."""
-
-    identity: Identity
-    terms: Terms
-
-    def weight(self, records: int) -> int:
-        """This silo's weight by the plan."""
-        if self.terms.public_weights is not None:
-            return self.terms.public_weights[self.identity.name]
-        return min(records, self.terms.grid.max_weight)
-
-
 class Runner:
     """Takes part in a run until its last round. `say` is told what a person would want to know."""
 
@@ -63,58 +50,104 @@ class Runner:
         self._trainer, self._link, self._journal, self._say = trainer, link, journal, say
         self._position = journal.position(self._terms.roster.digest)
         self._model: AdapterState | None = None  # the newest that this silo knows
-        self._record: ModelRecord | None = None  # of the model that this process works on
         self._said = ""
 
-    async def run(self) -> None:
-        """Until the aggregator says that the run is finished.
+    async def run(self, abandon: int | None = None) -> None:
+        """Until the aggregator says that the run is finished. `abandon`: a round that a person gave up.
 
         Raises:
             ProtocolError: the server broke a rule; nothing of this silo's update is at risk.
+            ConfigError: there is nothing to give up in round `abandon`.
             TrustError: the aggregator halted the run.
             TransportError: the server refuses this silo.
         """
-        after = self._position.attempt  # one that is still open cannot be joined a second time
-        idle = after > 0
+        if abandon is None:
+            await self._resume()
+        after, idle = self._position.attempt, False
         while True:
             answer = await self._link.opening(after, idle=idle)
             if answer.state == "finished":
+                self._journal.leave()
                 return
             if answer.state == "halted":
+                self._journal.leave()
                 raise TrustError(self._halted(answer))
             if answer.state == "waiting" or answer.opening is None:
                 self._tell(f"waiting: {answer.reason}")
                 continue
             opening = check_opening(self._terms, self._position, answer.opening, answer.results)
+            if abandon is not None:
+                self._abandon(opening, abandon)
+                abandon = None
             after = opening.ad.attempt
             idle = self._must_sit_out(opening)
             if idle:
                 self._tell(
-                    f"{self._name(opening)}: this silo sent an update over this very model before it was "
-                    "restarted, and a second one could disclose it; sitting out until the model has moved on"
+                    f"{self._name(opening)}: this silo has helped to open a sum over this very model, or sent an "
+                    "update over it that it cannot send again; another sum could disclose the update; sitting out "
+                    "until the model has moved on"
                 )
                 continue
-            try:
-                await self._attempt(opening)
-            except LeftOutError as error:
-                self._tell(f"{self._name(opening)} goes on without this silo: {error}; waiting for the next")
+            await self._take_part(opening, self._attempt(opening, answer.opening))
 
-    def _must_sit_out(self, opening: Opening) -> bool:
-        mine = self._record is not None and self._record.model == opening.ad.model
-        return not mine and self._journal.sent(opening.ad.model, trains=self._terms.trains(opening.ad.round))
+    async def _resume(self) -> None:
+        """Go on with the attempt that was going on when this silo stopped."""
+        saved = self._journal.attempt(self._terms.roster.digest)
+        if saved is None:
+            return
+        opening = reopen(self._terms, saved.opening)
+        if opening.ad.plan != self._terms.plan:  # another one was accepted since
+            self._journal.leave()
+            return
+        self._tell(f"{self._name(opening)}: going on after {max(saved.steps, default=Stage.OPENED).name.lower()}")
+        await self._take_part(opening, self._attempt_again(opening, saved))
 
-    async def _attempt(self, opening: Opening) -> None:
-        ad = opening.ad
-        old = await self._model_of(ad.model)
-        if self._record is None or self._record.model != ad.model:
-            async with present(self._link, ad.attempt):
-                self._record = await asyncio.to_thread(self._make_record, ad.round, old)
-        self._journal.join(ad)
-        self._position = self._journal.position(self._terms.roster.digest)
-        identity = self._party.identity
-        session = SiloSession(self._terms, identity.name, identity.sign, opening, self._record)
+    async def _take_part(self, opening: Opening, attempt: Awaitable[None]) -> None:
         try:
-            outcome = await self._stages(session, ad, old)
+            await attempt
+        except LeftOutError as error:
+            self._journal.leave()
+            self._tell(f"{self._name(opening)} goes on without this silo: {error}; waiting for the next")
+
+    async def _attempt(self, opening: Opening, wire: bytes) -> None:
+        old = await self._model_of(opening.ad.model)
+        drawn = await self._draw(opening.ad, old)
+        session = self._session(opening, drawn, AttemptSecrets.fresh(opening.base))
+        self._journal.start(opening, wire, session.secrets, trains=drawn.trains)
+        self._position = self._journal.position(self._terms.roster.digest)
+        await self._go_through(opening, session, {}, old)
+
+    async def _attempt_again(self, opening: Opening, saved: SavedAttempt) -> None:
+        number = opening.ad.attempt
+        if Stage.DONE in saved.steps:
+            await self._link.send_if_in_time(number, "results", saved.steps[Stage.DONE].sent)
+            return
+        drawn = self._journal.drawn(opening.ad.model, trains=saved.trains)
+        if drawn is None or self._journal.vector(drawn) is None:
+            raise LeftOutError("this silo's vector is lost")
+        old = await self._model_of(opening.ad.model)
+        session = self._session(opening, self._as_it_joined(drawn, saved), saved.secrets)
+        await self._go_through(opening, session, saved.steps, old)
+
+    def _as_it_joined(self, drawn: Drawn, saved: SavedAttempt) -> Drawn:
+        """With the names in the `KeyAd` that was sent, to make the same again: `drawn` may have newer ones."""
+        joined = saved.steps.get(Stage.JOINED)
+        if joined is None:
+            return drawn
+        ad = open_message(joined.sent, KeyAd, self._terms.federation, self._terms.roster).body
+        return replace(drawn, agreed=tuple(ad.agreed))
+
+    def _session(self, opening: Opening, drawn: Drawn, secrets: AttemptSecrets) -> SiloSession:
+        identity = self._party.identity
+        record = ModelRecord(drawn.model, lambda: self._journal.open_vector(drawn), drawn.agreed or None)
+        return SiloSession(self._terms, identity.name, identity.sign, opening, record, secrets=secrets)
+
+    async def _go_through(
+        self, opening: Opening, session: SiloSession, saved: Mapping[Stage, Step], old: AdapterState
+    ) -> None:
+        stages = Stages(self._party, session, self._link, self._journal, number=opening.ad.attempt, saved=saved)
+        try:
+            outcome = await stages.run(old)
         except ProtocolError as error:
             if error.code in _PATIENT_CODES:
                 raise LeftOutError(str(error)) from error
@@ -123,54 +156,69 @@ class Runner:
         validation = f"; the model before it had {outcome.correct} of {outcome.total} right" if outcome.total else ""
         self._tell(f"{self._name(opening)}: averaged {', '.join(outcome.survivors)}{validation}")
 
-    async def _stages(self, session: SiloSession, ad: ServerAd, old: AdapterState) -> Outcome:
-        """Stages 0 to 5. From `agree` on others can finish without this silo, so lateness is no failure."""
-        link, attempt = self._link, ad.attempt
-        await link.send(attempt, "key-ads", session.join())
-        await link.send_shares(attempt, session.share(await link.messages(attempt, "key-ads")))
-        shares = await link.shares(attempt)
-        try:
-            upload = session.upload(shares.bundles, {peer: (pair[0], pair[1]) for peer, pair in shares.inbox.items()})
-        except ProtocolError as error:
-            await self._complain(session, attempt, error)
-            raise
-        self._journal.send(ad.model, trains=self._terms.trains(ad.round))
-        await link.send_upload(attempt, session.seal_upload(upload))
-        agree = session.agree(await link.messages(attempt, "uploads"))
-        await link.send_if_in_time(attempt, "agrees", agree)
-        unmask = session.unmask(await link.messages(attempt, "agrees"))
-        await link.send_if_in_time(attempt, "unmasks", unmask)
-        signed, outcome = session.result(await link.sum(attempt, self._terms), old)
-        await link.send_if_in_time(attempt, "results", signed)
-        return outcome
+    def _drawn(self, ad: ServerAd) -> Drawn | None:
+        return self._journal.drawn(ad.model, trains=self._terms.trains(ad.round))
 
-    async def _complain(self, session: SiloSession, attempt: int, error: ProtocolError) -> None:
-        """A peer's fault is told to the server, and the next attempt is waited for; any other fault is the server's."""
-        if error.code != "bundle" or error.silo is None:
-            return
-        complaint = Complaint(transcript=session.transcript, accused=error.silo, code=error.code)
-        identity = self._party.identity
-        wire = sign_message(complaint, self._terms.federation, identity.name, identity.sign)
-        await self._link.send(attempt, "complaints", wire)
-        raise LeftOutError(f"complained to the coordinator: {error}") from error
+    def _usable(self, ad: ServerAd, drawn: Drawn) -> bool:
+        """Whether what was drawn can go out in this round: it is of this run, of the same kind, and there."""
+        same = (drawn.plan, drawn.roster, drawn.trains) == (ad.plan, ad.roster, self._terms.trains(ad.round))
+        return same and self._journal.vector(drawn) is not None
 
-    def _make_record(self, round_number: int, old: AdapterState) -> ModelRecord:
+    def _must_sit_out(self, opening: Opening) -> bool:
+        """Once shares are out the sum may be known, and colluders could choose what they add to another one.
+
+        Before that the same vector may go out again; where it is lost, or another run's, nothing may.
+        """
+        drawn = self._drawn(opening.ad)
+        if drawn is None or drawn.stage < Stage.UPLOADED:
+            return False
+        return drawn.stage >= Stage.RELEASED or not self._usable(opening.ad, drawn)
+
+    def _abandon(self, opening: Opening, number: int) -> None:
+        drawn = self._drawn(opening.ad)
+        if opening.ad.round != number:
+            raise ConfigError(f"round {number} is not the one going on, which is round {opening.ad.round}")
+        if drawn is None or not (drawn.agreed or self._must_sit_out(opening)):
+            raise ConfigError(f"there is nothing to give up in round {number}; leave out --abandon-round")
+        self._journal.abandon(drawn)
+        self._tell(f"{self._name(opening)}: given up; starting on it again with a new update")
+
+    async def _draw(self, ad: ServerAd, old: AdapterState) -> Drawn:
         """Train, and round the weighted update to the grid, once for this model."""
+        drawn = self._drawn(ad)
+        if drawn is not None and self._usable(ad, drawn):
+            return drawn
+        async with present(self._link, ad.attempt):
+            vector = await asyncio.to_thread(self._make_vector, ad.round, old, counts=self._counts(ad))
+        return self._journal.draw(ad, vector, trains=self._terms.trains(ad.round))
+
+    def _counts(self, ad: ServerAd) -> bool:
+        """Whether validation counts go out. A second time over one model, two cohorts' difference would show them."""
+        closing = self._journal.drawn(ad.model, trains=False)
+        before = closing is not None and closing.stage >= Stage.UPLOADED
+        return self._terms.vector.counts and ad.round >= self._terms.counted_from and not before
+
+    def _make_vector(self, round_number: int, old: AdapterState, *, counts: bool) -> Words:
         terms, weight = self._terms, self._party.weight(self._trainer.records)
-        counts = Counts(0, 0)
-        if terms.vector.counts and round_number >= terms.counted_from:
-            counts = self._trainer.validate(old)
-            if counts.total > terms.grid.bound:
+        counted = Counts(0, 0)
+        if counts:
+            counted = self._trainer.validate(old)
+            if counted.total > terms.grid.bound:
                 raise DataError(
-                    f"{counts.total} validation records are more than the {terms.grid.bound} that a sum over "
+                    f"{counted.total} validation records are more than the {terms.grid.bound} that a sum over "
                     f"{terms.grid.silos} silos can hold; ask for a smaller `splits.validation`"
                 )
-        update = self._trainer.train(old) if terms.trains(round_number) else np.zeros(terms.layout.size)
-        integers = terms.grid.quantize(update, weight)
-        return ModelRecord(old.digest, terms.vector.pack(integers, weight, counts.correct, counts.total))
+        integers = terms.grid.quantize(self._update(round_number, old), weight)
+        return terms.vector.pack(integers, weight, counted.correct, counted.total)
+
+    def _update(self, round_number: int, old: AdapterState) -> npt.NDArray[np.floating[Any]]:
+        if self._terms.trains(round_number):
+            return self._trainer.train(old)
+        return np.broadcast_to(np.float32(0), (self._terms.layout.size,))
 
     async def _model_of(self, digest: bytes) -> AdapterState:
         if self._model is None or self._model.digest != digest:
+            self._model = None  # before another one comes into memory
             self._model = await self._link.model(digest, self._terms)
         return self._model
 

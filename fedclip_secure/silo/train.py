@@ -14,8 +14,9 @@ from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.journal import Journal
 from fedclip_secure.silo.link import Link, present
 from fedclip_secure.silo.outcome import SavedAdapter, save_adapters
+from fedclip_secure.silo.party import Party
 from fedclip_secure.silo.pins import Accepted, check_same, text_features_path
-from fedclip_secure.silo.runner import Party, Runner, Trainer
+from fedclip_secure.silo.runner import Runner, Trainer
 from fedclip_secure.transport.client import Client, Waiting
 
 _FIRST_SIGN = 0.5  # seconds; loading torch can keep the event loop from its first sign of life for seconds
@@ -29,20 +30,24 @@ async def take_part(
     progress: ShowProgress,
     say: Callable[[str], None],
     waiting: Waiting,
+    abandon: int | None = None,
 ) -> list[SavedAdapter]:
     """Join the run, stay until its last round, and save the best and the last adapter.
+
+    `abandon` is a round that a person decided to give up.
 
     Raises:
         TrustError: the server runs another plan or roster than was accepted; or it halted the run.
         ProtocolError: the server broke a rule of the secure round.
+        ConfigError: there is nothing to give up in round `abandon`.
         DataError, ModelError: this silo's data, weights or disk are at fault.
     """
     contract, workdir = accepted.contract, Path(config.workdir)
     terms = Terms.of(contract, accepted.roster)
-    journal = Journal(workdir / "journal.sqlite")  # first of all: it keeps a second process out of this workdir
+    journal = Journal(workdir, identity.epoch_path)  # first of all: it keeps a second process out of this workdir
     try:
         async with Client.of(identity, waiting) as client:
-            link = Link(client)
+            link = Link(client, workdir)
             check_same(accepted, await link.offer(identity.server), identity.server)
             async with present(link, after=0):
                 await asyncio.sleep(_FIRST_SIGN)
@@ -51,7 +56,7 @@ async def take_part(
             weight = party.weight(trainer.records)
             capped = f" (max_weight; {trainer.records} records)" if weight < trainer.records else ""
             say(f"{identity.name}: {trainer.records} training records, weight {weight}{capped}")
-            await Runner(party, trainer, link, journal, say).run()
+            await Runner(party, trainer, link, journal, say).run(abandon)
             return await save_adapters(link, contract, terms, workdir)
     finally:
         journal.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import os
 import random
 import ssl
 from collections.abc import Callable, Mapping
@@ -13,14 +12,13 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TypedDict
+from typing import TypedDict
 
 import aiohttp
 from cryptography import x509
 from yarl import URL
 
 from fedclip_secure.errors import ConfigError, DataError, FedClipError, TransportError
-from fedclip_secure.files import sync_folder
 from fedclip_secure.pki.certificates import ENROL_AGAIN, check_dates
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.transport.bodies import Chunks, Heard, Outgoing, Sink, in_one_piece
@@ -147,27 +145,26 @@ class Client:
         """PUT `length` bytes; `chunks` is called again for each try and must give the same bytes."""
         return await self._in_memory(_Request("PUT", path, MAX_BODY, body=Outgoing(chunks, length)))
 
-    async def download(self, path: str, into: Path, limit: int) -> int:
-        """GET into a file, which is whole, on the disk, or as before; returns its size in bytes.
+    async def download(self, path: str, into: Path, limit: int) -> bool:
+        """GET into a file; False where the server has nothing yet (204). `into` is then, as after an error, as before.
+
+        It may not outlive a power cut: what was fetched can be fetched again, and syncing it takes as long as fetching.
 
         Raises:
             DataError: the disk refuses. The rest as the class says.
         """
-        temporary = into.with_name(f".{into.name}.part")
+        temporary = into.with_name(f".{into.name}.part")  # the next download replaces what a crash left behind
         try:
             with temporary.open("w+b") as file:
-                await self._exchange(_Request("GET", path, limit), Sink(file, str(into)))
-                size = file.tell()
-                file.flush()
-                await asyncio.to_thread(_sync, file)
-            temporary.replace(into)
-            sync_folder(into.parent)
+                answer = await self._exchange(_Request("GET", path, limit), Sink(file, str(into)))
+            if arrived := answer.status == HTTPStatus.OK:
+                temporary.replace(into)
         except OSError as error:
             raise DataError(f"{into}: cannot be written ({error.strerror}); free space, or choose another") from error
         finally:
-            with contextlib.suppress(OSError):  # its folder may be what is missing
+            with contextlib.suppress(OSError):  # renamed, or its folder may be what is missing
                 temporary.unlink()
-        return size
+        return arrived
 
     async def _in_memory(self, request: _Request) -> Answer:
         buffer = io.BytesIO()
@@ -273,7 +270,3 @@ def _raise_own(error: BaseException) -> None:
         if isinstance(cause, FedClipError):
             raise cause
         cause = cause.__cause__
-
-
-def _sync(file: BinaryIO) -> None:
-    os.fsync(file.fileno())

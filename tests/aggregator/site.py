@@ -34,13 +34,15 @@ from fedclip_secure.pki.certificates import parse_certificate
 from fedclip_secure.pki.identity import Enrolment, Identity, create_key, signing_request
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.secagg.opening import Position, check_opening
-from fedclip_secure.secagg.silo_session import ModelRecord, Shares, SiloSession
+from fedclip_secure.secagg.ring import Words
+from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.journal import Journal
 from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.runner import Party, Runner
+from fedclip_secure.silo.party import Party
+from fedclip_secure.silo.runner import Runner
 from fedclip_secure.transport.client import Client, Patience
-from fedclip_secure.transport.messages import EnrolRequest, SharesRequest
+from fedclip_secure.transport.messages import EnrolRequest, SharesAnswer, SharesRequest, WireList, parse
 
 NAMES = tuple(f"lab-{letter}" for letter in "abcdefghij")
 QUICK = Patience(first_wait=0.02, longest_wait=0.1, silence=30, connect=5)
@@ -172,7 +174,8 @@ class Site:
         """What this silo adds to the first model."""
         trainer = SteadyTrainer.of(name, self.terms.layout.size)
         integers = trainer.integers.view(np.uint32)
-        return ModelRecord(self.terms.initial_model, self.terms.vector.pack(integers, trainer.records, 3, 5))
+        vector = self.terms.vector.pack(integers, trainer.records, 3, 5)
+        return ModelRecord(self.terms.initial_model, lambda: vector)
 
     def foretold(self, rounds: Iterable[Iterable[str]]) -> str:
         """The digest after `rounds`, each given by the silos that it averaged."""
@@ -199,7 +202,6 @@ def _write_plan(home: Home, port: int, silos: int, changes: dict[str, object]) -
         "secure_aggregation": {
             "coordinate_clip": ((2**29 - 1) // silos) * STEP,
             "max_weight": MAX_WEIGHT,
-            "verify_sum": "never",
         },
         "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), 20),
     }
@@ -231,9 +233,13 @@ class SteadyTrainer:
 
 @dataclass(frozen=True)
 class HookedLink(Link):
-    """Asks `before` each time it is about to send."""
+    """Asks `before` each time it is about to send, and before it asks for the list of a stage."""
 
     before: Before = field(kw_only=True)
+
+    async def receive(self, attempt: int, stage: str) -> bytes:
+        await self.before(attempt, f"list of {stage}")
+        return await super().receive(attempt, stage)
 
     async def send(self, attempt: int, stage: str, body: bytes) -> None:
         await self.before(attempt, stage)
@@ -243,12 +249,9 @@ class HookedLink(Link):
         await self.before(attempt, stage)
         await super().send_if_in_time(attempt, stage, body)
 
-    async def send_upload(self, attempt: int, pieces: Iterable[bytes]) -> None:
+    async def send_upload(self, attempt: int, pieces: Callable[[], Iterable[bytes]], length: int) -> None:
         await self.before(attempt, "uploads")
-        await super().send_upload(attempt, pieces)
-
-    async def send_shares(self, attempt: int, shares: Shares) -> None:
-        await super().send_shares(attempt, shares)  # which sends "bundles"
+        await super().send_upload(attempt, pieces, length)
 
 
 async def nothing(attempt: int, stage: str) -> None:
@@ -262,42 +265,45 @@ class Silos:
     site: Site
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     heard: dict[str, list[str]] = field(default_factory=dict)
-    runner: type[Runner] = Runner
 
-    def start(self, *names: str, before: Before = nothing, trainer: SteadyTrainer | None = None) -> None:
+    def start(self, *names: str, before: Before = nothing, runner: type[Runner] = Runner) -> None:
         for name in names:
             self.heard.setdefault(name, [])
-            chosen = trainer or SteadyTrainer.of(name, self.site.terms.layout.size)
-            self.tasks[name] = asyncio.create_task(self._take_part(name, before, chosen))
+            self.tasks[name] = asyncio.create_task(self._take_part(name, before, runner))
 
     async def done(self, *names: str, seconds: float = 20) -> None:
         """Until these silos (all) have ended as they should."""
         async with asyncio.timeout(seconds):
             await asyncio.gather(*(self.tasks[name] for name in names or self.tasks))
 
-    async def _take_part(self, name: str, before: Before, trainer: SteadyTrainer) -> None:
+    async def _take_part(self, name: str, before: Before, runner: type[Runner]) -> None:
         site, identity = self.site, self.site.identities[name]
-        journal = Journal(identity.folder / "journal.sqlite")
+        trainer = SteadyTrainer.of(name, site.terms.layout.size)
+        journal = Journal(identity.folder / "work", identity.epoch_path)
         waiting = lambda reason, _seconds: self.heard[name].append(reason)  # noqa: E731
         try:
             async with Client.of(identity, waiting, QUICK) as client:
-                link = HookedLink(client, before=before)
+                link = HookedLink(client, identity.folder, before=before)
                 party = Party(identity, site.terms)
-                await self.runner(party, trainer, link, journal, self.heard[name].append).run()
+                await runner(party, trainer, link, journal, self.heard[name].append).run()
         finally:
             journal.close()
 
+    async def stop(self) -> None:
+        """All at once, wherever they are."""
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
 
 @contextlib.asynccontextmanager
-async def silos_of(site: Site, runner: type[Runner] = Runner) -> AsyncIterator[Silos]:
+async def silos_of(site: Site) -> AsyncIterator[Silos]:
     """Silos that are stopped when the block ends."""
-    silos = Silos(site, runner=runner)
+    silos = Silos(site)
     try:
         yield silos
     finally:
-        for task in silos.tasks.values():
-            task.cancel()
-        await asyncio.gather(*silos.tasks.values(), return_exceptions=True)
+        await silos.stop()
 
 
 @dataclass
@@ -310,27 +316,48 @@ class Hand:
     session: SiloSession
     attempt: int = 1
 
+    @property
+    def link(self) -> Link:
+        return Link(self.client, self.site.identities[self.name].folder)
+
     async def make(self, stage: str) -> bytes:
         """The body that is next for this stage, made once."""
-        link, session, attempt = Link(self.client), self.session, self.attempt
+        session = self.session
         match stage:
             case "key-ads":
                 return session.join()
             case "bundles":
-                shares = session.share(await link.messages(attempt, "key-ads"))
+                shares = session.share(await self._list("key-ads"))
                 ciphertexts = {peer: list(pair) for peer, pair in shares.ciphertexts.items()}
                 return SharesRequest(bundles=shares.bundles, ciphertexts=ciphertexts).encode()
             case "uploads":
-                answer = await link.shares(attempt)
-                inbox = {peer: (pair[0], pair[1]) for peer, pair in answer.inbox.items()}
-                return b"".join(session.seal_upload(session.upload(answer.bundles, inbox)))
+                return self.sealed(await self.upload())
             case "agrees":
-                return session.agree(await link.messages(attempt, "uploads"))
+                return session.agree(await self._list("uploads"))
             case "unmasks":
-                return session.unmask(await link.messages(attempt, "agrees"))
+                return session.unmask(await self._list("agrees"))
             case _:
-                old = await link.model(self.site.terms.initial_model, self.site.terms)
-                return session.result(await link.sum(attempt, self.site.terms), old)[0]
+                old = await self.link.model(self.site.terms.initial_model, self.site.terms)
+                return session.result(await self._sum(), old)[0]
+
+    async def upload(self) -> MaskedUpload:
+        """Masked, and not sealed yet."""
+        answer = parse(SharesAnswer, await self.link.receive(self.attempt, "bundles"))
+        inbox = {peer: (pair[0], pair[1]) for peer, pair in answer.inbox.items()}
+        return self.session.upload(answer.bundles, inbox)
+
+    def sealed(self, upload: MaskedUpload) -> bytes:
+        return b"".join(self.session.seal_upload(upload).pieces(upload.body))
+
+    async def _sum(self) -> Words:
+        """Added up again, as a silo does before it signs the result."""
+        check = self.session.check_sum(await self.link.sum_proof(self.attempt))
+        for name in check.survivors:
+            check.add(name, await self.link.vector(self.attempt, name, self.site.terms))
+        return check.total()
+
+    async def _list(self, stage: str) -> list[bytes]:
+        return parse(WireList, await self.link.receive(self.attempt, stage)).messages
 
     async def put(self, stage: str, body: bytes) -> None:
         """Send it once. Raises TransportError with the problem's status and code."""
@@ -367,7 +394,7 @@ async def hands_of(
         hands = []
         for name in site.terms.roster.silos:
             client = await stack.enter_async_context(site.client(name))
-            answer = await Link(client).opening(0, idle=False)
+            answer = await Link(client, site.identities[name].folder).opening(0, idle=False)
             opening = check_opening(site.terms, Position(), answer.opening or b"", answer.results)
             record = (records or {}).get(name) or site.record(name)
             made = session(site.terms, name, site.identities[name].sign, opening, record)
@@ -388,6 +415,16 @@ class Gate:
         if (attempt, stage) == (self.attempt, self.stage):
             self.held += 1
             await self.opened.wait()
+
+
+def each(*hooks: Before) -> Before:
+    """One after the other."""
+
+    async def before(attempt: int, stage: str) -> None:
+        for hook in hooks:
+            await hook(attempt, stage)
+
+    return before
 
 
 def vanishing(stage: str, attempt: int = 1) -> Before:

@@ -9,15 +9,20 @@ import os
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from yarl import URL
 
 from fedclip_secure import canonical
+from fedclip_secure.aggregator.app import Server, get_authority, make_app, post_enrol
 from fedclip_secure.aggregator.home import freeze
 from fedclip_secure.errors import TransportError, TrustError
+from fedclip_secure.secagg.messages import vector_hash
+from fedclip_secure.secagg.sealing import sealed_body_limit
+from fedclip_secure.secagg.silo_session import MaskedUpload
 from fedclip_secure.transport.messages import EnrolRequest
 from fedclip_secure.transport.tls import client_context
 from tests.aggregator.site import NAMES, STAGES, Hand, Site, hands_of, move, until
@@ -63,6 +68,8 @@ ROUTES = [
     ("GET", "/v1/opening"),
     ("GET", "/v1/rounds/1/results"),
     ("GET", "/v1/attempts/1/sum"),
+    ("GET", "/v1/attempts/1/sum-proof"),
+    ("GET", "/v1/attempts/1/vectors/lab-a"),
     ("GET", "/v1/attempts/1/uploads"),
     ("GET", "/v1/attempts/1/bundles"),
     ("GET", "/v1/attempts/1/key-ads"),
@@ -71,6 +78,16 @@ ROUTES = [
     ("POST", "/v1/attempts/1/complaints"),
     *(("POST", f"/v1/attempts/1/{stage}") for stage in POSTS),
 ]
+
+
+def test_the_list_of_routes_is_complete() -> None:
+    app = make_app(cast(Server, None))
+
+    async def handlers() -> set[object]:
+        found = [await app.router.resolve(make_mocked_request(method, path)) for method, path in ROUTES]
+        return {match.handler for match in found} | {get_authority, post_enrol}
+
+    assert {route.handler for route in app.router.routes()} == asyncio.run(handlers())
 
 
 def test_every_route_but_enrolment_is_refused_without_a_certificate(tmp_path: Path) -> None:
@@ -272,7 +289,8 @@ def test_uploads_that_are_no_vector_of_the_plan_are_refused_and_leave_no_file(tm
         await move(hands, "key-ads", "bundles")
         hand, body = hands[0], await hands[0].make("uploads")
         other = await hands[1].make("uploads")
-        assert await hand.refused("uploads", body + bytes(2000)) == (413, "size")
+        most = sealed_body_limit(4 * site.terms.vector.words)
+        assert await hand.refused("uploads", body + bytes(most + 1 - len(body))) == (413, "size")
         assert await hand.refused("uploads", body + b"x") == (413, "length")
         assert await hand.refused("uploads", body[:-1]) == (413, "length")
         assert await hand.refused("uploads", bytes(len(body))) == (413, "length")
@@ -285,6 +303,62 @@ def test_uploads_that_are_no_vector_of_the_plan_are_refused_and_leave_no_file(tm
     site = with_hands(tmp_path, work)
     assert all(reason.startswith("refused (") for reason in site.reasons("lab-a"))
     assert len(site.reasons("lab-a")) == 6
+
+
+def test_a_second_upload_is_answered_like_the_first_where_it_is_the_same_and_else_refused_with_the_stored_hash(
+    tmp_path: Path,
+) -> None:
+    async def work(site: Site, hands: list[Hand]) -> None:
+        await move(hands, "key-ads", "bundles")
+        hand, first = hands[0], await hands[0].upload()
+        second = MaskedUpload(hand.session._commit(first.words + 1), first.words + 1)
+        assert hand.session._commit(first.words) == first.header  # the session is where it was
+        for _ in range(2):  # sealed anew each time: what is inside counts
+            await hand.put("uploads", hand.sealed(first))
+        stored = {path.name: path.read_bytes() for path in (site.state / "vectors").iterdir()}
+        received = hashlib.sha256(vector_hash(first.words) + first.header).hexdigest()
+        with pytest.raises(TransportError, match=received) as refusal:
+            await hand.put("uploads", hand.sealed(second))
+        assert (refusal.value.status, refusal.value.code) == (409, "differs")
+        assert {path.name: path.read_bytes() for path in (site.state / "vectors").iterdir()} == stored
+        await move(hands[1:], "uploads")
+        await hand.put("uploads", hand.sealed(first))
+        await move(hands, "agrees", "unmasks")
+        await until(lambda: site.status().stage == "result")
+
+    site = with_hands(tmp_path, work)
+    assert len(site.reasons("lab-a")) == 1
+
+
+def test_a_late_upload_is_told_so_and_not_read(tmp_path: Path) -> None:
+    async def work(site: Site, hands: list[Hand]) -> None:
+        *three, straggler = hands
+        await move(hands, "key-ads", "bundles")
+        late = await straggler.make("uploads")
+        await move(three, "uploads")
+        await until(lambda: site.status().stage == "agree", 5)
+        assert await straggler.refused("uploads", late) == (409, "late")
+        assert await straggler.refused("uploads", b"") == (409, "late")
+        assert len(list((site.state / "vectors").iterdir())) == 3
+
+    site = with_hands(tmp_path, work, deadlines={"upload": 1})
+    assert site.reasons("lab-d") == ["no answer within 1 s"]
+
+
+def test_the_upload_of_another_silo_is_refused_however_it_is_sealed(tmp_path: Path) -> None:
+    async def work(site: Site, hands: list[Hand]) -> None:
+        await move(hands, "key-ads", "bundles")
+        liar, victim = hands[0], hands[1]
+        theirs = await victim.upload()
+        await liar.upload()
+        assert await liar.refused("uploads", victim.sealed(theirs)) == (400, "seal")
+        assert await liar.refused("uploads", liar.sealed(theirs)) == (400, "signature")
+        await victim.put("uploads", victim.sealed(theirs))
+        assert site.kept("uploads") == 1
+
+    site = with_hands(tmp_path, work)
+    assert [reason.split(":")[0] for reason in site.reasons("lab-a")] == ["refused (seal)", "refused (signature)"]
+    assert site.reasons("lab-b") == []
 
 
 def test_an_upload_that_grows_beyond_the_plan_without_announcing_it_is_cut_off(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -154,11 +155,11 @@ def test_a_forged_weight_makes_the_sum_void_by_a_signed_word_and_halts_the_run_f
 
     async def run() -> list[str]:
         records = {"lab-b": site.record("lab-b")}
-        records["lab-b"].vector[-3] = np.uint32(2**20)  # far above max_weight
+        records["lab-b"].open_vector()[-3] = np.uint32(2**20)  # far above max_weight
         async with site.serving(), hands_of(site, records=records) as hands:
             await move(hands, *STAGES[:5])
             await until(lambda: site.status().state == "halted")
-            answer = await Link(hands[0].client).opening(1, idle=False)
+            answer = await Link(hands[0].client, tmp_path).opening(1, idle=False)
             assert (answer.state, answer.opening) == ("halted", None)
             signed = open_message(answer.void or b"", Void, "lung-xray", site.terms.roster)
             assert signed.sender == AGGREGATOR
@@ -201,7 +202,7 @@ def test_a_complaint_ends_the_attempt_and_leaves_out_both_or_where_that_is_too_f
                 if hand.name in left_out:
                     assert await hand.refused("key-ads", b"x") == (409, "left-out")
                 else:
-                    answer = await Link(hand.client).opening(1, idle=False)
+                    answer = await Link(hand.client, tmp_path).opening(1, idle=False)
                     assert (answer.state, answer.attempt) == ("open", 2)
             assert await hands[0].refused("complaints", b"x") == (409, "early")
 
@@ -249,6 +250,35 @@ def test_complaints_of_strangers_and_about_other_attempts_are_refused_and_end_no
 
     asyncio.run(run())
     assert site.rows("SELECT * FROM complaints") == []
+
+
+def test_a_complaint_that_is_none_is_refused_by_name_and_ends_nothing(tmp_path: Path) -> None:
+    site = Site.frozen(tmp_path)
+
+    async def run() -> None:
+        async with site.serving(), hands_of(site) as hands:
+            await move(hands, "key-ads", "bundles")
+            body = Complaint(transcript=hands[0].session.transcript, accused="lab-c", code="bundle")
+            for wire, code in (
+                (b"", "encoding"),
+                (os.urandom(1000), None),
+                (sign_message(body, "lung-xray", "lab-b", site.identities["lab-b"].sign), "signature"),
+                (sign_message(body, "lung-xray", "lab-a", site.identities["lab-b"].sign), "signature"),
+                (sign_message(body, "other", "lab-a", site.identities["lab-a"].sign), "message"),
+            ):
+                status, told = await hands[0].refused("complaints", wire)
+                assert (status, told if code else None) == (400, code)
+            await move(hands, "uploads")
+            await until(lambda: site.status().stage == "agree")
+            wire = sign_message(body, "lung-xray", "lab-a", site.identities["lab-a"].sign)
+            assert await hands[0].refused("complaints", wire) == (409, "late")
+            await move(hands, "agrees")
+            assert site.status().attempt == 1
+
+    asyncio.run(run())
+    assert site.rows("SELECT * FROM complaints") == []
+    assert len(site.reasons("lab-a")) == 5
+    assert site.reasons("lab-b") == site.reasons("lab-c") == []
 
 
 def test_a_complaint_whose_body_comes_after_its_attempt_does_not_end_the_next_one(tmp_path: Path) -> None:

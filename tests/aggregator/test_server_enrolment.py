@@ -125,7 +125,7 @@ def test_a_silo_that_waits_for_the_freeze_counts_as_present_once_it_comes(tmp_pa
 
     async def run() -> None:
         async with site.serving(), site.client("lab-d") as client:
-            waiting = asyncio.create_task(Link(client).opening(0, idle=False))
+            waiting = asyncio.create_task(Link(client, tmp_path).opening(0, idle=False))
             await asyncio.sleep(0.3)
             freeze(site.home)
             assert (await waiting).state == "open"

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fedclip_secure.transport.tls import client_context
 from tests.aggregator.site import NAMES, STAGES, Gate, Site, silos_of, until
+from tests.peak import highest
 
 ROOT = Path(__file__).parents[2]
 SERVER = """
@@ -121,3 +123,44 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(
     status = site.status()
     assert status.finished_rounds[-1]["model"] == site.foretold([NAMES[:4]])
     assert (status.attempt, status.events) == (2, [])
+
+
+def test_a_large_model_goes_out_to_silos_that_take_it_slowly_without_filling_the_memory(tmp_path: Path) -> None:
+    site = Site.frozen(tmp_path, parameters=8_000_000)
+    model = site.home.initial_path.read_bytes()
+    request = f"GET /v1/models/{site.terms.initial_model.hex()} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+    async def fetch(name: str, others: asyncio.Barrier) -> bool:
+        context = client_context(site.identities[name])
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port, ssl=context)
+        writer.write(request)
+        await others.wait()
+        await asyncio.sleep(0.5)  # all are sent what they do not read yet
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.readexactly(len(model))
+        writer.close()
+        await writer.wait_closed()
+        return head.startswith(b"HTTP/1.1 200") and body == model
+
+    async def run() -> int:
+        async with server(site) as process:
+            before, barrier = highest(process.pid), asyncio.Barrier(3)
+            assert all(await asyncio.gather(*(fetch(name, barrier) for name in NAMES[:3])))
+            return highest(process.pid) - before
+
+    assert asyncio.run(run()) < len(model) / 2
+
+
+def test_a_round_takes_the_server_at_most_four_vectors(tmp_path: Path) -> None:
+    # Below 32 MB the C library may keep what is freed.
+    site = Site.frozen(tmp_path, silos=3, parameters=9_000_000, deadlines={"upload": 120})
+
+    async def run() -> int:
+        async with server(site) as process, silos_of(site) as silos:
+            before = highest(process.pid)
+            silos.start(*NAMES[:3])
+            await silos.done(seconds=120)
+            return highest(process.pid) - before
+
+    assert asyncio.run(run()) < 4 * 4 * site.terms.vector.words
+    assert site.status().finished_rounds[-1]["model"] == site.foretold([NAMES[:3]])

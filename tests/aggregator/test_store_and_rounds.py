@@ -10,7 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from fedclip_secure import canonical
 from fedclip_secure.aggregator.attempt import LiveAttempt
@@ -64,6 +67,21 @@ def test_vectors_that_a_crash_left_behind_are_removed_and_those_in_use_are_kept(
     store.end_round(RoundRow(1, 1, ("lab-a",), 1, 0, 0, b"", b"", hashlib.sha256(b"sum").digest(), 0.0))
     store.blobs.keep_vectors(store.vectors_wanted())
     assert {path.read_bytes() for path in (tmp_path / "vectors").iterdir()} == {b"kept", b"sum"}
+    store.close()
+
+
+def test_a_vector_is_mapped_and_a_file_that_the_lock_names_becomes_a_model(tmp_path: Path) -> None:
+    store, model = opened(tmp_path), Federation(4).model
+    words = np.arange(5, dtype="<u4")
+    store.blobs.save_vector(b"v" * 32, words.data)
+    kept = store.blobs.vector(b"v" * 32)
+    assert (kept.tolist(), kept.flags.writeable) == (words.tolist(), False)
+    data = model.to_safetensors({"made": "by hand"})
+    store.blobs.save_file(data)
+    store.blobs.copy_model(model.digest, hashlib.sha256(data).digest())
+    assert store.blobs.model_path(model.digest).read_bytes() == data
+    store.blobs.save_model(model.digest, model)
+    assert store.blobs.model_path(model.digest).read_bytes() == model.to_safetensors()
     store.close()
 
 
@@ -149,20 +167,67 @@ def test_what_255_silos_are_waited_for_fits_into_an_answer(tmp_path: Path) -> No
     ("complaints", "out"),
     [
         ([], set()),
-        ([("a", "b")], {"a", "b"}),
-        ([("a", "b"), ("a", "c")], {"a", "b"}),  # a liar's second word counts against itself alone
-        ([("a", "b"), ("a", "b")], {"a", "b"}),
-        ([("a", "b"), ("c", "d")], {"a", "b", "c"}),  # both would leave fewer than the floor
-        ([("a", "a")], {"a"}),
-        ([("a", "b"), ("c", "b")], {"b"}),  # of two accusers at most one colludes
-        ([("a", "b"), ("c", "b"), ("d", "e")], {"b", "d", "e"}),
+        (["ab"], {"a", "b"}),
+        (["ab", "ac"], {"a"}),  # an honest silo is at odds with one liar at most
+        (["ab", "ab"], {"a", "b"}),
+        (["ab", "cd"], {"a", "c"}),  # both sides of both would leave fewer than the floor
+        (["aa"], {"a"}),
+        (["ab", "cb"], {"b"}),  # of two accusers at most one lies
+        (["ab", "cb", "de"], {"b", "d", "e"}),
+        (["ba", "bc"], {"b"}),  # as accuser or as accused
     ],
 )
-def test_complaints_leave_out_as_the_protocol_says(complaints: list[tuple[str, str]], out: set[str]) -> None:
-    federation = Federation(7)
-    silo = dict(zip("abcdefg", federation.silos, strict=True))
-    named = [(silo[accuser], silo[accused]) for accuser, accused in complaints]
-    assert excluded(named, replace(federation.terms, floor=4)) == {silo[name] for name in out}
+def test_complaints_leave_out_as_the_protocol_says(complaints: list[str], out: set[str]) -> None:
+    assert left_out(Federation(7), complaints, floor=4) == out
+
+
+@pytest.mark.parametrize(
+    ("complaints", "out"),
+    [
+        (["ab", "ac"], {"a", "b"}),  # a further complaint counts against the accuser alone
+        (["ab", "cb"], {"a", "b", "c"}),  # two may lie together
+        (["ab", "cb", "db"], {"b"}),
+        (["ab", "cd", "ef"], {"a", "c", "e"}),
+    ],
+)
+def test_where_two_may_lie_together_it_takes_three_opponents_to_be_out_alone(
+    complaints: list[str], out: set[str]
+) -> None:
+    assert left_out(Federation(9, colluding=2), complaints, floor=6) == out
+
+
+@pytest.mark.parametrize(("silos", "colluding"), [(4, 0), (4, 1), (5, 1), (6, 2), (6, 1)])
+def test_one_side_of_a_complaint_is_out_where_both_would_be_too_many(silos: int, colluding: int) -> None:
+    federation = Federation(silos, colluding=colluding)
+    assert left_out(federation, ["ba"]) == {"b"}
+    assert left_out(federation, ["ba", "ca"]) == {"a"}
+
+
+@given(st.data(), st.integers(4, 16), st.integers(0, 4))
+@settings(max_examples=200, deadline=None)
+def test_liars_that_are_no_more_than_may_be_absent_never_empty_a_round(
+    data: st.DataObject, silos: int, colluding: int
+) -> None:
+    federation = Federation(silos, colluding=colluding)
+    most = min(max(colluding, 1), 3, silos - federation.terms.floor)
+    assume(most >= 1)
+    liars = data.draw(st.sets(st.sampled_from(federation.silos), min_size=1, max_size=most))
+    complaints: list[tuple[str, str]] = []
+    while liars - (out := excluded(complaints, federation.terms)):
+        assert silos - len(out) >= federation.terms.floor
+        liar = data.draw(st.sampled_from(sorted(liars - out)))
+        other = data.draw(st.sampled_from(sorted(set(federation.silos) - out - {liar})))
+        complaints.append((liar, other) if data.draw(st.booleans()) else (other, liar))
+        assert len(complaints) <= most * (colluding + 2)  # each attempt that they spoil is evidence
+    assert silos - len(out) >= federation.terms.floor
+
+
+def left_out(federation: Federation, complaints: list[str], floor: int | None = None) -> set[str]:
+    """Whom complaints, each an accuser's and an accused's letter, leave out."""
+    letters = dict(zip("abcdefghi", federation.silos, strict=False))
+    named = [(letters[pair[0]], letters[pair[1]]) for pair in complaints]
+    terms = replace(federation.terms, floor=floor or federation.terms.floor)
+    return {letter for letter, name in letters.items() if name in excluded(named, terms)}
 
 
 def test_a_second_server_on_one_state_folder_is_refused(tmp_path: Path) -> None:

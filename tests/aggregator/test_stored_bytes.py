@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedclip_secure.secagg.messages import Upload, vector_hash
-from fedclip_secure.secagg.silo_session import Ciphertexts, MaskedUpload, ModelRecord, SiloSession
+from fedclip_secure.secagg.messages import Ciphertexts
+from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession
 from tests.aggregator.site import NAMES, Site, hands_of, move, until
 
 PARAMETERS = 64
@@ -27,9 +27,8 @@ class UnmaskedSession(SiloSession):
 
     def upload(self, bundles: list[bytes], inbox: dict[str, Ciphertexts]) -> MaskedUpload:  # type: ignore[override]
         super().upload(bundles, inbox)
-        words = self._record.vector.copy()
-        self._own_upload = Upload(transcript=self._transcript2, vector=vector_hash(words))
-        return MaskedUpload(self._sign_body(self._own_upload), words)
+        words = self._record.open_vector().copy()
+        return MaskedUpload(self._commit(words), words)
 
 
 def distinctive(site: Site) -> dict[str, ModelRecord]:
@@ -39,7 +38,8 @@ def distinctive(site: Site) -> dict[str, ModelRecord]:
         draw = [int.from_bytes(os.urandom(4)) for _ in range(PARAMETERS + 3)]
         update = np.array([value % 2**24 for value in draw[:-3]], dtype=np.uint32)
         weight, correct, total = 2**25 + draw[-3] % 2**25, 2**25 + draw[-2] % 2**25, 2**26 + draw[-1] % 2**25
-        records[name] = ModelRecord(site.terms.initial_model, site.terms.vector.pack(update, weight, correct, total))
+        vector = site.terms.vector.pack(update, weight, correct, total)
+        records[name] = ModelRecord(site.terms.initial_model, lambda vector=vector: vector)  # type: ignore[misc]
     return records
 
 
@@ -49,7 +49,7 @@ def leaks(site: Site, records: dict[str, ModelRecord]) -> set[str]:
     assert {path.name for path in files} >= {"aggregator.sqlite", "aggregator.sqlite-wal"}
     found = set()
     for name, record in records.items():
-        tail = [str(int(word)).encode() for word in record.vector[PARAMETERS:]]
+        tail = [str(int(word)).encode() for word in record.open_vector()[PARAMETERS:]]
         for data in files.values():
             if any(run in data for run in runs(record, 4)):
                 found.add(f"{name}: vector")
@@ -62,15 +62,15 @@ def leaks(site: Site, records: dict[str, ModelRecord]) -> set[str]:
         found |= {
             f"{name}: word {int(i)} in its place"
             for name, record in records.items()
-            for i in np.flatnonzero(stored == record.vector)
+            for i in np.flatnonzero(stored == record.open_vector())
         }
     return found | integers_in_sql(site, records)
 
 
 def runs(record: ModelRecord, length: int) -> list[bytes]:
     """Every run of `length` words, little-endian as on the wire and big-endian as SQLite keeps integers."""
-    starts = range(record.vector.size - length + 1)
-    parts = [record.vector[start : start + length] for start in starts]
+    starts = range(record.open_vector().size - length + 1)
+    parts = [record.open_vector()[start : start + length] for start in starts]
     return [part.astype(order).tobytes() for part in parts for order in ("<u4", ">u4")]
 
 
@@ -84,7 +84,7 @@ def integers_in_sql(site: Site, records: dict[str, ModelRecord]) -> set[str]:
     return {
         f"{name}: weight or count as a number"
         for name, record in records.items()
-        if values & {int(word) for word in record.vector[PARAMETERS:]}
+        if values & {int(word) for word in record.open_vector()[PARAMETERS:]}
     }
 
 
@@ -120,10 +120,13 @@ def test_the_same_check_finds_every_silo_that_does_not_mask(tmp_path: Path) -> N
 def test_the_same_check_finds_a_weight_that_the_server_notes(tmp_path: Path, leak: str) -> None:
     site = Site.frozen(tmp_path, parameters=PARAMETERS, secure_aggregation=SECURE)
     records = distinctive(site)
-    weight = int(records["lab-b"].vector[PARAMETERS])
+    weight = int(records["lab-b"].open_vector()[PARAMETERS])
     with site.store() as store:
         assert leaks(site, records) == set()
         store.seen("lab-b", weight if leak == "number" else 0)
-        store.add_complaint(1, "lab-b", str(weight) if leak == "text" else "")
+        store.open_attempt(1, 1, b"", b"", 0.0)
+        row = store.last_attempt()
+        assert row is not None
+        store.add_complaint(row, "lab-b", str(weight) if leak == "text" else "")
         wanted = {"number": "weight or count as a number", "text": "weight or counts in decimal"}
         assert leaks(site, records) == {f"lab-b: {wanted[leak]}"}

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import resource
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from safetensors.numpy import load_file, save
 
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.cache import FeatureCache
+from tests.disk import file_limit
 
 ENCODER = b"e" * 32
 KEYS = [bytes([number]) * 32 for number in range(4)]
@@ -87,23 +85,9 @@ def test_shard_that_is_none_is_set_aside_even_under_its_own_hash(tmp_path: Path,
     assert len(cache.damaged) == 1
 
 
-@contextmanager
-def tiny_files() -> Iterator[None]:
-    """The system refuses to write more than 400 bytes into a file, as a full disk would.
-
-    Not a fixture: pytest must be able to write its own output, which may go to a file, before and after.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_full_disk_is_told_and_earlier_shards_stay(tmp_path: Path) -> None:
     cache = fresh(tmp_path)
-    with tiny_files():
+    with file_limit(400):
         cache.add(KEYS[:1], ROWS[:1])
         with pytest.raises(DataError, match=r"cannot be written \(.*free space"):
             cache.add(KEYS * 10, np.tile(ROWS, (10, 1)))

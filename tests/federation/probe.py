@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,11 @@ from fedclip_secure.config.silo import read_silo
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.ring import Words
-from fedclip_secure.secagg.silo_session import ModelRecord
-from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo import train
+from fedclip_secure.silo import runner, train
 from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.pins import load_accepted
 from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.stages import Stages
 
 PAUSED = "paused"
 
@@ -43,7 +42,7 @@ ORDERS = Orders()
 class ProbedRunner(Runner):
     """Keeps the update in float64, the old model and the integers of each round."""
 
-    def _make_record(self, round_number: int, old: AdapterState) -> ModelRecord:
+    def _make_vector(self, round_number: int, old: AdapterState, *, counts: bool) -> Words:
         updates: list[npt.NDArray[np.float64]] = [np.zeros(old.vector.size)]
         train_once = self._trainer.train
 
@@ -52,24 +51,28 @@ class ProbedRunner(Runner):
             return updates[-1]
 
         self._trainer.train = remembering  # type: ignore[method-assign]
-        record = super()._make_record(round_number, old)
+        vector = super()._make_vector(round_number, old, counts=counts)
         self._trainer.train = train_once  # type: ignore[method-assign]
-        np.savez(ORDERS.dump / f"round-{round_number}.npz", update=updates[-1], old=old.vector, integers=record.vector)
-        return record
+        np.savez(ORDERS.dump / f"round-{round_number}.npz", update=updates[-1], old=old.vector, integers=vector)
+        return vector
 
 
 class ProbedLink(Link):
-    """Keeps the sums that the server sends; hangs before an upload when told to."""
+    """Hangs before an upload when told to."""
 
-    async def send_upload(self, attempt: int, pieces: Iterable[bytes]) -> None:
+    async def send_upload(self, attempt: int, pieces: Callable[[], Iterable[bytes]], length: int) -> None:
         if attempt >= ORDERS.pause_from:
             (ORDERS.dump / PAUSED).write_text(str(attempt))
             await asyncio.sleep(3600)
-        await super().send_upload(attempt, pieces)
+        await super().send_upload(attempt, pieces, length)
 
-    async def sum(self, attempt: int, terms: Terms) -> Words:
-        words = await super().sum(attempt, terms)
-        np.save(ORDERS.dump / f"sum-{attempt}.npy", words)
+
+class ProbedStages(Stages):
+    """Keeps the sums that this silo has checked."""
+
+    async def _sum(self) -> Words:
+        words = await super()._sum()
+        np.save(ORDERS.dump / f"sum-{self._number}.npy", words)
         return words
 
 
@@ -78,6 +81,7 @@ def main(config_path: str, dump: str, *pause: str) -> None:
     if pause:
         ORDERS.pause_from = int(pause[1])
     vars(train).update(Runner=ProbedRunner, Link=ProbedLink)
+    vars(runner).update(Stages=ProbedStages)
     config = read_silo(Path(config_path))
     identity = Identity.load(Path(config.identity))
     asyncio.run(

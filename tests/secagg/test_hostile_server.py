@@ -11,10 +11,19 @@ import pytest
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
-from fedclip_secure.secagg.messages import Agree, Unmask, Upload, open_message
+from fedclip_secure.secagg.messages import Agree, Unmask, Upload, UploadHeader, decode_body, open_message
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession, Stage
 from tests.fakes import Attempt, Federation
-from tests.secagg.lies import Sent, advance, before, let_lie, replaced, signed, with_closing_round
+from tests.secagg.lies import (
+    Sent,
+    advance,
+    before,
+    let_lie,
+    replaced,
+    signed,
+    under_a_lying_server,
+    with_closing_round,
+)
 
 ME, PEER, COLLUDER = "silo-000", "silo-001", "silo-004"
 ALL = [f"silo-{i:03d}" for i in range(5)]  # n = 5, c = 1: t and floor are 4
@@ -85,7 +94,7 @@ def test_a_key_ad_of_another_attempt_is_refused_and_its_sender_named() -> None:
 
 def test_a_message_of_another_type_in_the_list_is_refused() -> None:
     attempt, me, ads = joined()
-    upload = Upload(transcript=bytes(32), vector=bytes(32))
+    upload = Upload(transcript=bytes(32), vector=bytes(32), pairs=bytes(32))
     assert code(me.share, replaced(ads, 4, signed(attempt.federation, COLLUDER, upload))) == "message"
 
 
@@ -277,14 +286,14 @@ def test_uploads_with_another_of_mine_are_refused() -> None:
 def test_an_upload_of_a_silo_that_had_not_shared_is_refused() -> None:
     attempt, me, uploads = uploaded(drop={"share": {COLLUDER}})
     t2 = attempt.server.transcript2
-    stranger = signed(attempt.federation, COLLUDER, Upload(transcript=t2, vector=bytes(32)))
+    stranger = signed(attempt.federation, COLLUDER, Upload(transcript=t2, vector=bytes(32), pairs=bytes(32)))
     assert code(me.agree, [*uploads, stranger]) == "list"
 
 
 def test_an_upload_over_another_list_is_refused_and_accuses_nobody() -> None:
     # An honest server would not have passed it on, and who was shown a false list is the victim.
     attempt, me, uploads = uploaded()
-    other = signed(attempt.federation, COLLUDER, Upload(transcript=bytes(32), vector=bytes(32)))
+    other = signed(attempt.federation, COLLUDER, Upload(transcript=bytes(32), vector=bytes(32), pairs=bytes(32)))
     refused = refusal(me.agree, replaced(uploads, 4, other))
     assert (refused.code, refused.silo) == ("transcript", None)
     assert COLLUDER in str(refused)
@@ -298,7 +307,8 @@ def test_a_smaller_list_for_the_victim_alone_unmasks_nothing() -> None:
     victims = me.upload(bundles[:4], attempt.server.inbox(ME))
     for name in ALL[1:]:
         attempt.receive(name, attempt.sessions[name].upload(bundles, attempt.server.inbox(name)))
-    uploads = [victims.signed, *attempt.wires("uploads")][:4]
+    mine = decode_body(UploadHeader, victims.header).upload
+    uploads = [mine, *attempt.wires("uploads")][:4]
     for name in ALL[:4]:
         assert code(attempt.sessions[name].agree, uploads) == "transcript"
 
@@ -388,7 +398,10 @@ def test_what_is_released_is_sealed_to_the_key_of_the_opening() -> None:
 
 
 def second_attempt(first: Attempt, stage: str, **options: Any) -> Attempt:
-    return before(stage, first.federation, number=2, records=first.records, **options)
+    """An honest server would not even try: silos say in their `KeyAd` what they agreed to."""
+    later = under_a_lying_server(first.federation, number=2, records=first.records, **options)
+    advance(later, stage)
+    return later
 
 
 def test_after_agreeing_no_other_names_are_signed_over_this_model() -> None:
@@ -493,10 +506,13 @@ def test_a_vector_for_another_model_or_plan_is_not_sent() -> None:
     federation = Federation(5)
     attempt = federation.attempt()
     good = federation.record()
-    for record in (ModelRecord(bytes(32), good.vector), ModelRecord(good.model, good.vector[:-1])):
-        attempt.records[ME] = record
-        with pytest.raises(ValueError, match="belongs to another model or plan"):
-            attempt.session(ME)
+    attempt.records[ME] = ModelRecord(bytes(32), good.open_vector)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        attempt.session(ME)
+    attempt.records[ME] = ModelRecord(good.model, lambda: good.open_vector()[:-1])
+    attempt.sessions[ME] = attempt.session(ME)
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        advance(attempt, "agree")
 
 
 # Stage 5: the sum
@@ -551,7 +567,7 @@ def test_a_different_sum_for_one_silo_gives_a_result_that_t_silos_do_not_share()
 def test_an_upload_is_sealed_to_the_key_of_the_opening() -> None:
     attempt = before("upload")
     upload: MaskedUpload = attempt.sessions[ME].upload(attempt.wires("bundles"), attempt.server.inbox(ME))
-    sealed = b"".join(attempt.sessions[ME].seal_upload(upload))
+    sealed = b"".join(attempt.sessions[ME].seal_upload(upload).pieces(upload.body))
     other = before("upload", attempt.federation)
     assert code(lambda: list(other.server.open_upload(ME).feed(sealed))) == "seal"
     assert code(lambda: list(attempt.server.open_upload(PEER).feed(sealed))) == "seal"

@@ -87,7 +87,8 @@ def test_a_pair_key_changes_with_transcript_names_and_either_salt() -> None:
 def test_the_own_mask_key_is_the_formula_of_the_protocol() -> None:
     b = os.urandom(32)
     assert self_key(b, T2, "bern") == hkdf(b, T2, 32, "fedclip/v1/self", "bern")
-    assert self_commitment(b) == hashlib.sha256(canonical.encode(["fedclip/v1/self-commit", b])).digest()
+    formula = canonical.encode(["fedclip/v1/self-commit", T2, "bern", b])
+    assert self_commitment(T2, "bern", b) == hashlib.sha256(formula).digest()
 
 
 def test_share_commitments_bind_transcript_owner_holder_kind_and_share() -> None:

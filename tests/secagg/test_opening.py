@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedclip_secure.errors import ProtocolError
+from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.secagg.messages import Result, ServerAd, base_hash
 from fedclip_secure.secagg.opening import Opening, Position, check_opening, check_results
@@ -24,12 +26,13 @@ class Finished:
 
     results: list[bytes]
     body: Result
+    model: AdapterState
 
 
 def finish() -> Finished:
     attempt = FEDERATION.attempt()
-    attempt.run()
-    return Finished(attempt.wires("results"), attempt.server.results["silo-000"].body)
+    model = attempt.run().model
+    return Finished(attempt.wires("results"), attempt.server.results["silo-000"].body, model)
 
 
 ROUND_1 = finish()
@@ -169,3 +172,65 @@ def test_results_of_another_run_cannot_stand_in_the_chain() -> None:
 def test_a_round_that_ended_over_another_model_than_this_silo_joined_is_refused() -> None:
     elsewhere = Position(1, 1, b"\x07" * 32)
     assert refusal(ad_of(round=2, attempt=2, model=ROUND_1.body.model), elsewhere, ROUND_1.results) == "chain"
+
+
+# In the middle of a run
+
+
+def nudged() -> bytes:
+    """The digest of the model that round 1 ended with, one coordinate moved by one unit in the last place."""
+    vector = ROUND_1.model.vector.copy()
+    vector[0] = np.nextafter(vector[0], np.float32(9))
+    return AdapterState(TERMS.layout, vector).digest
+
+
+def test_a_model_changed_by_one_ulp_opens_nothing() -> None:
+    wrong = nudged()
+    assert refusal(second(model=wrong), AFTER_1, ROUND_1.results) == "chain"
+    assert refusal(second(model=wrong), Position(), ROUND_1.results) == "chain"
+    assert refusal(ad_of(attempt=2, model=wrong), AFTER_1) == "chain"
+
+
+def test_a_model_changed_by_one_ulp_that_fewer_than_t_vouch_for_opens_nothing() -> None:
+    # The colluder's word, and the server's own.
+    wrong = ROUND_1.body.model_copy(update={"model": nudged()})
+    for results in (
+        [signed(FEDERATION, "silo-000", wrong)],
+        [*ROUND_1.results[:4], signed(FEDERATION, "silo-004", wrong)],
+    ):
+        assert refusal(second(model=wrong.model), AFTER_1, results) == "chain"
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_the_same_model_under_a_new_round_is_refused(number: int) -> None:
+    for results in (ROUND_1.results, []):
+        assert refusal(ad_of(round=number, attempt=2), AFTER_1, results) == "chain"
+
+
+def test_an_old_round_is_not_replayed_under_a_new_attempt() -> None:
+    in_round_2 = Position(2, 2, ROUND_1.body.model)
+    assert refusal(ad_of(attempt=3), in_round_2) == "replay"
+    assert refusal(ad_of(attempt=3, model=ROUND_1.body.model), in_round_2) == "replay"
+
+
+def test_a_round_is_not_opened_again_over_the_model_that_it_ended_with() -> None:
+    assert refusal(ad_of(attempt=2, model=ROUND_1.body.model), AFTER_1, ROUND_1.results) == "chain"
+
+
+@pytest.mark.parametrize("pin", ["plan", "roster"])
+def test_a_plan_or_roster_changed_in_the_middle_of_a_run_is_refused(pin: str) -> None:
+    # The plan holds the threshold's mode, colluding and min_silos; the roster holds n.
+    assert refusal(second(**{pin: bytes([9]) * 32}), AFTER_1, ROUND_1.results) == pin
+
+
+def test_a_second_certificate_for_the_aggregator_opens_nothing() -> None:
+    wire = signed(Federation(5), AGGREGATOR, ad_of())
+    with pytest.raises(ProtocolError) as refused:
+        check_opening(TERMS, Position(), wire, [])
+    assert refused.value.code == "signature"
+
+
+def test_results_by_second_certificates_open_nothing() -> None:
+    minted = Federation(5)
+    results = [signed(minted, name, ROUND_1.body) for name in FEDERATION.silos]
+    assert refusal(second(), AFTER_1, results) == "signature"

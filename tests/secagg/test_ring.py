@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import math
 import re
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +15,10 @@ from fedclip_secure.errors import ConfigError, ProtocolError
 from fedclip_secure.secagg.ring import CLAMPED_AT_MOST, FixedPoint, Total, VectorLayout, Words, read_total
 
 GRID = FixedPoint(clip=0.1, silos=5, max_weight=1000)
+EXACT = FixedPoint(clip=((2**29 - 1) // 4) * 2.0**-40, silos=4, max_weight=1)  # a step of 2^-40: products are exact
 LAYOUT = VectorLayout(parameters=4, counts=True)
+CHUNK = 1 << 15  # coordinates that are rounded at a time
+BORDERS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 7]
 
 
 def signed(words: Words) -> list[int]:
@@ -58,6 +64,63 @@ def test_integers_on_the_grid_are_not_rounded_at_all() -> None:
     assert signed(grid.quantize(values, 1)) == [-3, -2, -1, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("length", BORDERS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_long_update_on_the_grid_is_not_rounded_in_any_chunk(length: int, dtype: npt.DTypeLike) -> None:
+    integers = np.random.default_rng(2).integers(-(2**23), 2**23, length)
+    update = (integers * EXACT.step).astype(dtype)
+    assert np.array_equal(EXACT.quantize(update, 1).view(np.int32), integers)
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_no_random_word_moves_what_lies_on_the_grid(word: int) -> None:
+    # A word is zero once in 2^32: too seldom to wait for, often enough in a vector of 1.5e8 coordinates.
+    integers = np.array([-3, -1, 0, 1, 2**20])
+    words = np.full(5, word, dtype=np.uint32)
+    assert EXACT._round(integers * EXACT.step, 1, words).tolist() == integers.tolist()
+
+
+@pytest.mark.parametrize("length", BORDERS)
+def test_every_coordinate_of_a_long_update_is_one_of_its_two_neighbours(length: int) -> None:
+    values = np.random.default_rng(3).uniform(-0.1, 0.1, length).astype(np.float32)
+    exact = 333 * values.astype(np.float64) / (GRID.step * 1000)
+    rounded = GRID.quantize(values, 333).view(np.int32)
+    assert rounded.shape == (length,)
+    assert ((rounded == np.floor(exact)) | (rounded == np.ceil(exact))).all()
+
+
+def test_no_two_chunks_are_rounded_with_the_same_draws() -> None:
+    ups = GRID.quantize(np.full(4 * CHUNK, GRID.step / 2), 1000).reshape(4, CHUNK)
+    assert len({part.tobytes() for part in ups}) == 4
+
+
+@pytest.mark.parametrize("remainder", [2.0**-31, 0.001, 0.5, 0.999])
+def test_a_remainder_rounds_up_as_often_as_it_says(remainder: float) -> None:
+    draws = 1_000_000
+    ups = EXACT.quantize(np.full(draws, (7 + remainder) * EXACT.step), 1).view(np.int32) - 7
+    assert abs(int(ups.sum()) - draws * remainder) <= 6 * math.sqrt(draws * remainder * (1 - remainder)) + 1
+
+
+def test_an_update_that_lies_in_a_file_is_read_in_place(tmp_path: Path) -> None:
+    integers = np.random.default_rng(4).integers(-1000, 1000, 2 * CHUNK + 3)
+    (integers * EXACT.step).astype("<f4").tofile(tmp_path / "update")
+    update = np.memmap(tmp_path / "update", dtype="<f4", mode="r")
+    words = EXACT.quantize(update, 1)
+    assert type(words) is np.ndarray
+    assert np.array_equal(words.view(np.int32), integers)
+
+
+def test_rounding_takes_the_memory_of_its_result_alone() -> None:
+    update = np.random.default_rng(5).uniform(-0.1, 0.1, 4_000_000).astype(np.float32)
+    tracemalloc.start()
+    try:
+        words = GRID.quantize(update, 1000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < words.nbytes + 4_000_000
+
+
 def test_zero_stays_zero_so_a_closing_round_moves_nothing() -> None:
     assert not GRID.quantize(np.zeros(100_000), 1000).any()
 
@@ -72,6 +135,24 @@ def test_no_nan_or_infinity_leaves(value: float) -> None:
     with pytest.raises(ProtocolError, match="NaN or infinity and was not sent") as refused:
         GRID.quantize(np.array([0.0] * 10_000 + [value]), 1)
     assert refused.value.code == "not-finite"
+
+
+@pytest.mark.parametrize("where", [0, CHUNK - 1, CHUNK, 2 * CHUNK])
+def test_a_nan_in_any_chunk_is_told_before_a_clip(where: int) -> None:
+    values = np.full(2 * CHUNK + 1, 5.0, dtype=np.float32)
+    values[where] = math.nan
+    with pytest.raises(ProtocolError, match="NaN or infinity"):
+        GRID.quantize(values, 1)
+
+
+def test_coordinates_beyond_the_clip_are_counted_over_all_chunks() -> None:
+    values = np.zeros(4000 * 25)
+    values[::1000] = 0.15
+    GRID.quantize(values, 1)
+    values[-1] = 0.15
+    with pytest.raises(ProtocolError, match=r"0\.1% of the .*coordinate_clip: 0\.15 would fit") as refused:
+        GRID.quantize(values, 1)
+    assert refused.value.code == "clip"
 
 
 def test_one_coordinate_in_a_thousand_may_clamp_and_comes_out_at_the_clip() -> None:
@@ -149,6 +230,14 @@ def test_a_total_is_read_as_it_was_packed() -> None:
     assert (total.update.tolist(), total.weight, total.correct, total.total) == ([-5, 0, 7, 1], 30, 4, 9)
 
 
+def test_a_total_is_a_view_of_words_that_nobody_may_write() -> None:
+    words = np.array([2**32 - 5, 0, 7, 1, 30, 4, 9], dtype=np.uint32)
+    words.flags.writeable = False
+    total = read_total(words, LAYOUT, GRID, 3)
+    assert np.shares_memory(total.update, words)
+    assert total.update.tolist() == [-5, 0, 7, 1]
+
+
 def test_a_total_without_counts_has_none() -> None:
     words = np.array([1, 2, 3, 4, 30], dtype=np.uint32)
     total = read_total(words, VectorLayout(4, counts=False), GRID, 3)
@@ -178,8 +267,9 @@ def test_a_coordinate_is_bounded_by_the_weight_to_the_unit(weight: int, sign: in
 
 
 def test_the_smallest_word_has_no_magnitude_that_slips_through() -> None:
-    with pytest.raises(ProtocolError, match="beyond the clip"):
-        total_of([-(2**31), 0, 0, 0], 3000)
+    for update in ([-(2**31), 0, 0, 0], [-(2**31)] * 4, [0, 0, 2**31 - 1, -(2**31)]):
+        with pytest.raises(ProtocolError, match="beyond the clip"):
+            total_of(update, 3000)
 
 
 @pytest.mark.parametrize(("correct", "total"), [(1, 0), (-1, 5), (0, -1), (6, 5), (0, 3 * GRID.bound + 1)])

@@ -8,7 +8,7 @@ from tests.fakes import Attempt, Federation
 
 
 def plain_sum(attempt: Attempt, names: set[str]) -> list[int]:
-    vectors = np.stack([attempt.records[name].vector.view(np.int32) for name in sorted(names)])
+    vectors = np.stack([attempt.records[name].open_vector().view(np.int32) for name in sorted(names)])
     return [int(value) for value in vectors.astype(np.int64).sum(axis=0)]
 
 

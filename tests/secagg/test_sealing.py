@@ -7,7 +7,7 @@ import pytest
 
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.secagg import sealing
-from fedclip_secure.secagg.sealing import FRAME, MAX_HEADER, OVERHEAD, BodyOpener, SealKey, seal, seal_body
+from fedclip_secure.secagg.sealing import FRAME, MAX_HEADER, OVERHEAD, BodyOpener, SealedBody, SealKey, seal
 
 KEY = SealKey.generate()
 P = 2**255 - 19
@@ -43,7 +43,7 @@ def opened(sealed: bytes, size: int, *info: object, key: SealKey = KEY, piece: i
 
 
 def sealed_body(body: bytes, header: bytes = b"header", *info: object) -> bytes:
-    return b"".join(seal_body(header, memoryview(body), KEY.public, *info))
+    return b"".join(SealedBody.start(header, KEY.public, *info).pieces(memoryview(body)))
 
 
 def frames_of(sealed: bytes) -> tuple[bytes, list[bytes]]:

@@ -88,7 +88,8 @@ def test_a_sender_that_did_not_sign_is_refused(sender: object) -> None:
 def test_a_signature_under_another_type_is_refused() -> None:
     # Upload and Agree have bodies of the same shape; only the label before the bytes tells them apart.
     assert refusal(wire_of(ENVELOPE, kind="upload")) == "signature"
-    assert refusal(signed(FEDERATION, "silo-000", Upload(transcript=bytes(32), vector=bytes(32)))) == "message"
+    upload = Upload(transcript=bytes(32), vector=bytes(32), pairs=bytes(32))
+    assert refusal(signed(FEDERATION, "silo-000", upload)) == "message"
 
 
 def test_every_changed_byte_of_a_message_is_refused() -> None:

@@ -17,6 +17,7 @@ from fedclip_secure.pki.identity import Identity
 from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.problems import CONTENT_TYPE, Problem
 from fedclip_secure.transport.tls import client_context, enrolment_context
+from tests.disk import file_limit
 from tests.transport.loopback import QUICK, ConnectProxy, Federation, Handler, Waits, alerting, serving, who
 
 T = TypeVar("T")
@@ -392,34 +393,58 @@ def test_cut_download_is_started_again(federation: Federation, identity: Identit
             request.transport.abort()
         return response
 
-    async def download(client: Client) -> int:
+    async def download(client: Client) -> bool:
         return await client.download("/v1/model", tmp_path / "model", limit=2**21)
 
-    size = run(cut_once, federation.server_context(), client_context(identity), download)
-    assert size == len(whole)
+    assert run(cut_once, federation.server_context(), client_context(identity), download)
+    assert len(served) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model").read_bytes() == whole
 
 
-def test_failed_download_leaves_the_file_as_it_was(federation: Federation, identity: Identity, tmp_path: Path) -> None:
-    async def answer(request: web.Request) -> web.Response:
-        return web.Response(body=bytes(5000))
+def test_download_of_what_is_not_there_yet_leaves_the_file_as_it_was(
+    federation: Federation, identity: Identity, tmp_path: Path
+) -> None:
+    answers = [web.Response(status=204), web.Response(body=b"after")]
 
-    async def download(client: Client) -> int:
-        return await client.download("/v1/model", tmp_path / "model", limit=4999)
+    async def answer(request: web.Request) -> web.Response:
+        return answers.pop(0)
+
+    async def download(client: Client) -> list[tuple[bool, bytes]]:
+        file = tmp_path / "model"
+        return [(await client.download("/v1/model", file, limit=9), file.read_bytes()) for _ in range(2)]
 
     (tmp_path / "model").write_bytes(b"before")
+    shown = run(answer, federation.server_context(), client_context(identity), download)
+    assert shown == [(False, b"before"), (True, b"after")]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def fetched(client: Client, into: Path, limit: int = 5000) -> Awaitable[bool]:
+    return client.download("/v1/model", into, limit)
+
+
+async def zeros(request: web.Request) -> web.Response:
+    return web.Response(body=bytes(5000))
+
+
+def test_failed_download_leaves_the_file_as_it_was(federation: Federation, identity: Identity, tmp_path: Path) -> None:
+    contexts = federation.server_context(), client_context(identity)
+    (tmp_path / "model").write_bytes(b"before")
     with pytest.raises(TransportError, match="more than 4999 bytes"):
-        run(answer, federation.server_context(), client_context(identity), download)
+        run(zeros, *contexts, lambda client: fetched(client, tmp_path / "model", 4999))
+    waits = Waits()
+    with file_limit(4096), pytest.raises(DataError, match=r"model: cannot be written \(File too large\); free space"):
+        run(zeros, *contexts, lambda client: fetched(client, tmp_path / "model"), waits=waits)
+    assert waits.told == []
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model").read_bytes() == b"before"
 
 
 def test_download_without_a_folder_names_the_file(federation: Federation, identity: Identity, tmp_path: Path) -> None:
-    async def download(client: Client) -> int:
-        return await client.download("/v1/model", tmp_path / "absent" / "model", limit=4999)
-
+    contexts = federation.server_context(), client_context(identity)
     with pytest.raises(DataError, match="absent/model: cannot be written"):
-        run(who, federation.server_context(), client_context(identity), download)
+        run(zeros, *contexts, lambda client: fetched(client, tmp_path / "absent" / "model"))
 
 
 @pytest.mark.parametrize("url", ["http://agg.example.org", "agg.example.org", "https://", "https://a/b", "https://a:b"])

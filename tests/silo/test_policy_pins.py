@@ -11,9 +11,6 @@ from fedclip_secure.errors import DataError, PolicyError, TrustError
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.keys import SigningKey
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.secagg.messages import ServerAd, open_message
-from fedclip_secure.secagg.opening import Position
-from fedclip_secure.silo.journal import Journal
 from fedclip_secure.silo.pins import (
     Accepted,
     check_own_key,
@@ -174,70 +171,3 @@ def test_roster_with_another_key_under_this_silos_name_is_refused(tmp_path: Path
     check_own_key(federation.terms.roster, mine)
     with pytest.raises(TrustError, match=r"another key for silo-000 .*tell the coordinator"):
         check_own_key(Federation(3).terms.roster, mine)
-
-
-# Journal
-
-
-def _ad(federation: Federation, round_number: int, attempt: int) -> ServerAd:
-    wire, _ = federation.opening(round_number, attempt)
-    return open_message(wire, ServerAd, "test", federation.terms.roster).body
-
-
-def test_journal_remembers_across_a_restart(tmp_path: Path) -> None:
-    path, federation = tmp_path / "deep" / "journal.sqlite", Federation(3)
-    roster, model = federation.terms.roster.digest, federation.model.digest
-    first = Journal(path)
-    assert first.position(roster) == Position()
-    first.join(_ad(federation, 1, 1))
-    first.join(_ad(federation, 1, 3))
-    assert not first.sent(model, trains=True)
-    first.send(model, trains=True)
-    first.close()
-    again = Journal(path)
-    assert again.sent(model, trains=True)
-    assert again.position(roster) == Position(1, 3, model)
-    again.close()
-
-
-def test_journal_forgets_no_model_under_another_roster(tmp_path: Path) -> None:
-    journal, federation = Journal(tmp_path / "journal.sqlite"), Federation(3)
-    journal.join(_ad(federation, 1, 1))
-    journal.send(federation.model.digest, trains=True)
-    assert journal.sent(federation.model.digest, trains=True)
-    assert not journal.sent(b"x" * 32, trains=True)
-    assert journal.position(b"another roster".ljust(32)) == Position()
-    journal.close()
-
-
-def test_counting_over_a_model_does_not_keep_a_later_run_from_training_on_it(tmp_path: Path) -> None:
-    journal, federation = Journal(tmp_path / "journal.sqlite"), Federation(3)
-    journal.send(federation.model.digest, trains=False)
-    assert not journal.sent(federation.model.digest, trains=True)
-    assert journal.sent(federation.model.digest, trains=False)
-    journal.close()
-
-
-@pytest.mark.parametrize("kind", ["garbage", "folder", "cut"])
-def test_damaged_journal_is_named_and_its_loss_is_warned_of(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "journal.sqlite"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "garbage":
-        path.write_bytes(b"garbage" * 100)
-    else:
-        journal = Journal(path)
-        journal.join(_ad(Federation(3), 1, 1))
-        journal.close()
-        path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"journal\.sqlite: cannot be used .*move it away only when") as caught:
-        Journal(path).sent(bytes(32), trains=True)
-    assert caught.value.exit_code == 1
-
-
-def test_a_second_process_on_one_workdir_is_refused(tmp_path: Path) -> None:
-    first = Journal(tmp_path / "journal.sqlite")
-    with pytest.raises(DataError, match="another fedclip-silo uses this workdir"):
-        Journal(tmp_path / "journal.sqlite")
-    first.close()
-    Journal(tmp_path / "journal.sqlite").close()

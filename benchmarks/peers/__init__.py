@@ -1,0 +1,1 @@
+"""Whom the benchmarks measure against."""

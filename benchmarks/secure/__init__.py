@@ -1,0 +1,1 @@
+"""The parts of `secagg.py`: what is measured, and how."""
