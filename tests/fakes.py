@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.secagg.aggregator_session import AggregatorSession
+from fedclip_secure.secagg.aggregator_session import AggregatorSession, Asked
 from fedclip_secure.secagg.messages import ServerAd, sign_message
 from fedclip_secure.secagg.opening import Opening, Position, check_opening
 from fedclip_secure.secagg.outcome import Outcome
@@ -107,7 +107,7 @@ class Attempt:
     def __post_init__(self) -> None:
         wire, key = self.federation.opening(attempt=self.number)
         self.opening: Opening = check_opening(self.federation.terms, Position(), wire, [])
-        self.server = AggregatorSession(self.federation.terms, self.opening, key, self.asked)
+        self.server = AggregatorSession(self.federation.terms, self.opening, key, Asked(self.asked))
         self.records = {name: self.records.get(name) or self.federation.record() for name in self.federation.silos}
         self.sessions = {name: self.session(name) for name in self.federation.silos}
         self.alive = list(self.federation.silos)

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedclip_secure.aggregator.store import AttemptRow, Store
-from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
+from fedclip_secure.secagg.aggregator_session import AggregatorSession, Asked, Phase
 from fedclip_secure.secagg.keys import upload_info
 from fedclip_secure.secagg.opening import Opening, reopen
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.sealing import BodyOpener, SealKey
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import SharesRequest, parse
+
+_TRIES = 2  # attempts for silos that agreed to names before, ahead of others who could go on without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class LiveAttempt:
     def restore(cls, terms: Terms, store: Store, row: AttemptRow) -> LiveAttempt:
         """Feed a session with what the store holds of the attempt: nothing, just after it was opened."""
         opening = reopen(terms, row.opening)
-        session = AggregatorSession(terms, opening, SealKey(row.seal_private), store.asked(row.round))
+        asked = Asked(store.asked(row.round), patient=store.tries_since_asked(row.round) < _TRIES)
+        session = AggregatorSession(terms, opening, SealKey(row.seal_private), asked)
         live = cls(row, opening, session, store)
         for phase in (Phase.JOIN, Phase.SHARE, Phase.UPLOAD, Phase.AGREE, Phase.UNMASK):
             for silo, body in store.messages(row.number, phase):
@@ -81,8 +84,13 @@ class LiveAttempt:
         Raises:
             ProtocolError: `floor`.
         """
+        phase = self.session.phase
         self.session.close()
-        self.store.close_phase(self.row.number)
+        try:
+            self.store.close_phase(self.row.number)
+        except BaseException:
+            self.session.phase = phase  # nobody may see a list that a restarted server would not know
+            raise
 
     def vectors(self) -> Iterator[Words]:
         """The survivors' masked vectors, one at a time."""

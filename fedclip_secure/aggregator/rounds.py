@@ -35,6 +35,7 @@ _RESTORED = (
     "state folder, or start a new run"
 )
 _REFUSALS = 20  # noted of one silo in one attempt: it could fill the disk with them
+_QUICK, _LONGEST_PAUSE = 5, 60.0  # attempts at one round without a pause between; seconds
 _REASON = 500  # characters of a refusal that are noted
 
 
@@ -65,6 +66,7 @@ class Rounds:
         }
         self._changed = asyncio.Event()
         self._stopping = False
+        self._pardoned = False  # whether complaints keep nobody out of the present attempt: the rest are too few
         self._broken: str | None = None  # why the present attempt cannot go on
         self._refused: Counter[str] = Counter()  # messages in the present attempt, by silo
 
@@ -84,12 +86,19 @@ class Rounds:
                     await self._drive(live)
                 except AttemptEndedError as ended:
                     self._end(live, str(ended))
+                    await self._pause(live.row.round)
         except HaltedError:
             pass  # the store says why
         if (halted := self.store.halted()) is not None:
             self._say(f"halted: {halted[0]}")
         # Not when the server is told to stop: whoever is answered that the attempt is over leaves it for good.
         self._set_live(None)
+
+    async def _pause(self, round_number: int) -> None:
+        """A silo that breaks one attempt after the other must not fill the disk with them."""
+        quick = self.store.ended_attempts(round_number) - _QUICK
+        if quick > 0:
+            await self.wait(lambda: False, min(2.0 ** (quick - 1), _LONGEST_PAUSE))
 
     def notify(self) -> None:
         """Something was received: wake all who wait."""
@@ -132,7 +141,7 @@ class Rounds:
 
     def left_out(self) -> set[str]:
         """Silos that complaints keep out of this round's attempts."""
-        return excluded(self.store.complaints(self._next_round()), self.terms)
+        return set() if self._pardoned else excluded(self.store.complaints(self._next_round()), self.terms)
 
     def complain(self, live: LiveAttempt, accuser: str, wire: bytes) -> None:
         """Take a complaint: it ends the attempt."""
@@ -196,6 +205,8 @@ class Rounds:
         """Until all who are present have joined and the floor holds; at the deadline, until the floor holds."""
         session, floor = live.session, self.terms.floor
         out = self.left_out()
+        if out:
+            self._say(f"{self._name(live)}: complaints keep out {_listed(sorted(out))}")
 
         def complete() -> bool:
             present = self.presence.present() & set(self.terms.roster.silos) - out
@@ -203,7 +214,12 @@ class Rounds:
 
         if not await self.wait(complete, self._seconds[Phase.JOIN]) and len(session.joinable()) < floor:
             self._say(f"{self._name(live)}: {len(session.ads)} joined, {floor} are needed; waiting{self._stuck(live)}")
-            await self.wait(lambda: len(session.joinable()) >= floor, None)
+            self._pardoned = True  # an accuser whose accused is gone is needed after all
+            self.notify()
+            seconds = self._seconds[Phase.JOIN] if any(ad.body.agreed for ad in session.ads.values()) else None
+            if not await self.wait(lambda: len(session.joinable()) >= floor, seconds):
+                # Whoever gives the round up can only join an attempt that it has not joined before.
+                raise AttemptEndedError("too few can go on together; opened anew for those who gave the round up")
         self._close(live)
 
     def _stuck(self, live: LiveAttempt) -> str:
@@ -229,36 +245,37 @@ class Rounds:
     async def _collect(self, live: LiveAttempt) -> None:
         """Until all expected have answered, or until the deadline; then the floor decides."""
         session, phase = live.session, live.session.phase
-        over = lambda: self._broken is not None or bool(session.conflicts) or not session.missing()  # noqa: E731
-        await self.wait(over, self._seconds[phase])
+        await self.wait(lambda: self._broken is not None or not session.missing(), self._seconds[phase])
+        self._note_conflicts(live)
         if self._broken is not None:
             raise AttemptEndedError(self._broken)
-        self._settle_conflicts(live)
         self._note_missing(live, self._seconds[phase])
         try:
             self._close(live)
         except ProtocolError as error:
             raise AttemptEndedError(str(error)) from error
 
-    def _settle_conflicts(self, live: LiveAttempt) -> None:
-        """End an attempt whose masks would not cancel, while it still can be started again."""
+    def _note_conflicts(self, live: LiveAttempt) -> None:
+        """An attempt whose masks would not cancel ends while it still can be started again."""
         for pair in live.session.conflicts:
             # Neither has accused the other: whom a case keeps out where it may be only one, chance decides.
             one, other = SystemRandom().sample(pair, 2)
             self.store.add_complaint(live.row, one, other)
         if live.session.conflicts:
             listed = _listed([f"{one} and {other}" for one, other in live.session.conflicts])
-            raise AttemptEndedError(f"{listed} masked with different keys: one of the two shared garbage")
+            self._broken = f"{listed} masked with different keys: one of the two shared garbage"
 
     async def _unmask(self, live: LiveAttempt) -> None:
         """Shares may be out already, so this waits for t answers however long it takes."""
         session, seconds = live.session, self._seconds[Phase.UNMASK]
+        told = set[str]()
         while True:
             complete = await self.wait(lambda: not session.missing() or self._given_up(live), seconds)
             if self._given_up(live):
                 raise AttemptEndedError("the coordinator gave it up while shares were coming in")
-            if not complete:
+            if not complete and not told:
                 self._note_missing(live, seconds)
+                told.add("")
             if len(session.unmasks) < self.terms.threshold:
                 continue
             try:
@@ -267,8 +284,10 @@ class Rounds:
             except ProtocolError as error:
                 if complete:
                     self._halt(live, str(error), void=None)
-                self._note(live, "blocked", error.silo, str(error))
-                self._say(f"{self._name(live)}: {error}; waiting for more answers")
+                if str(error) not in told:
+                    told.add(str(error))
+                    self._note(live, "blocked", error.silo, str(error))
+                    self._say(f"{self._name(live)}: {error}; waiting for more answers")
         await self._finish_round(live, total)
 
     def _given_up(self, live: LiveAttempt) -> bool:
@@ -373,7 +392,7 @@ class Rounds:
         self._set_live(None)
 
     def _set_live(self, live: LiveAttempt | None) -> None:
-        self.live, self._broken = live, None
+        self.live, self._broken, self._pardoned = live, None, False
         self._refused.clear()
         self.notify()
 

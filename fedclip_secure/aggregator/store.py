@@ -264,6 +264,19 @@ class Store:
         query = "SELECT DISTINCT survivors FROM attempts WHERE round = ? AND survivors <> ''"
         return [tuple(names.split()) for (names,) in self._sql.execute(query, (round_number,))]
 
+    def tries_since_asked(self, round_number: int) -> int:
+        """Attempts at a round that have ended since silos were last asked to agree."""
+        query = (
+            "SELECT count(*) FROM attempts WHERE round = ? AND ended IS NOT NULL AND number > "
+            "(SELECT max(number) FROM attempts WHERE round = ? AND survivors <> '')"
+        )
+        return int(self._sql.execute(query, (round_number, round_number)).fetchone()[0])
+
+    def ended_attempts(self, round_number: int) -> int:
+        """Attempts at a round that have ended."""
+        query = "SELECT count(*) FROM attempts WHERE round = ? AND ended IS NOT NULL"
+        return int(self._sql.execute(query, (round_number,)).fetchone()[0])
+
     def known(self, attempt: int, phase: int, silo: str, received: bytes) -> bool:
         """Whether this very message was acknowledged before.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -56,16 +57,21 @@ class Phase(IntEnum):
     DONE = 6
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What earlier attempts over this model asked silos to agree to."""
+
+    lists: Collection[tuple[str, ...]] = ()
+    patient: bool = True  # whether silos that agreed come before a set that could go on without them
+
+
 class AggregatorSession:
     """The aggregator's side of one attempt.
 
     Every `receive_*` raises ProtocolError, naming the silo, and then keeps nothing of the message.
     """
 
-    def __init__(
-        self, terms: Terms, opening: Opening, seal_key: SealKey, agreed: Collection[tuple[str, ...]] = ()
-    ) -> None:
-        """`agreed`: the lists of survivors that earlier attempts over this model asked silos to agree to."""
+    def __init__(self, terms: Terms, opening: Opening, seal_key: SealKey, asked: Asked | None = None) -> None:
         self.phase = Phase.JOIN
         self._terms, self._opening, self._seal_key = terms, opening, seal_key
         self.ads: dict[str, Signed[KeyAd]] = {}
@@ -75,7 +81,7 @@ class AggregatorSession:
         self.unmasks: dict[str, Signed[Unmask]] = {}
         self.results: dict[str, Signed[Result]] = {}
         self.conflicts: list[tuple[str, str]] = []  # pairs of silos that committed to different keys
-        self._agreed_before = set(agreed)
+        self._asked = asked or Asked()
         self._ciphertexts: dict[str, dict[str, Ciphertexts]] = {}
         self._commitments: dict[str, dict[str, bytes]] = {}
         self._transcript = self._transcript2 = self._survivors = b""
@@ -101,14 +107,14 @@ class AggregatorSession:
         """Stage 0."""
         ad = self._open((Phase.JOIN,), sender, wire, KeyAd, self._terms.roster.silos)
         checks.check_key_ad(ad.body, self._opening.base, sender)
-        if ad.body.agreed and tuple(ad.body.agreed) not in self._agreed_before:
+        if ad.body.agreed and tuple(ad.body.agreed) not in self._asked.lists:
             raise ProtocolError("agreed", f"{sender} says that it agreed to names it was never asked for", silo=sender)
         checks.check_distinct_keys({**self.ads, sender: ad})
         self.ads[sender] = ad
 
     def joinable(self) -> list[str]:
         """Who would be in U1 if joining closed now."""
-        return checks.joinable(self.ads)
+        return checks.joinable(self.ads, None if self._asked.patient else self._terms.floor)
 
     def receive_bundles(self, sender: str, wire: bytes, ciphertexts: Mapping[str, Ciphertexts]) -> None:
         """Stage 1: `ciphertexts` by peer; they must be the ones committed to."""

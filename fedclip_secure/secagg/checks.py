@@ -50,13 +50,16 @@ def check_bundles(bundles: Bundles, transcript: bytes, sender: str, joined: Coll
         raise ProtocolError("bundle", f"{sender}'s bundles do not cover exactly the other silos", silo=sender)
 
 
-def joinable(ads: Mapping[str, Signed[KeyAd]]) -> list[str]:
+def joinable(ads: Mapping[str, Signed[KeyAd]], enough: int | None = None) -> list[str]:
     """The most silos that one attempt can hold, in the order of names; of equals, those that have agreed before.
 
     A silo that has agreed to a list of names over this model goes on with exactly these or not at all.
+    From `enough` silos on that have not agreed, these go on by themselves.
     """
     bound = {name: tuple(ad.body.agreed) for name, ad in ads.items() if ad.body.agreed}
     free = tuple(sorted(set(ads) - set(bound)))
+    if enough is not None and len(free) >= enough:
+        return list(free)
     lists = {names for names in bound.values() if all(bound.get(name, names) == names for name in names)}
     complete = sorted(names for names in lists if set(names) <= set(ads))
     candidates: list[tuple[str, ...]] = [*complete, free]

@@ -23,7 +23,7 @@ from fedclip_secure.silo.pins import Accepted
 from fedclip_secure.transport.client import Client
 from fedclip_secure.transport.messages import OpeningAnswer, WireList, parse
 
-_LEFT = ("late", "left-out", "ended", "early")  # the attempt goes on, or ended, without this silo
+_LEFT = ("late", "left-out", "ended")  # the attempt goes on, or ended, without this silo
 _PRESENCE = 5.0  # seconds between two signs of life
 _MODEL_SLACK = 2**20  # bytes of safetensors header beside the values
 
@@ -186,4 +186,6 @@ async def present(link: Link, after: int) -> AsyncIterator[None]:
 
 
 def _left(error: TransportError) -> Exception:
+    if error.code == "early":  # this silo has seen the stage before it closed
+        return TrustError(f"{error}: the coordinator's state was restored from an older backup; tell the coordinator")
     return LeftOutError(str(error)) if error.code in _LEFT else error

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedclip_secure.data.dataset import Counts
-from fedclip_secure.errors import ConfigError, DataError, ProtocolError, TrustError
+from fedclip_secure.errors import ConfigError, DataError, ProtocolError, TransportError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.secagg.keys import AttemptSecrets
@@ -125,7 +125,12 @@ class Runner:
         drawn = self._journal.drawn(opening.ad.model, trains=saved.trains)
         if drawn is None or self._journal.vector(drawn) is None:
             raise LeftOutError("this silo's vector is lost")
-        old = await self._model_of(opening.ad.model)
+        try:
+            old = await self._model_of(opening.ad.model)
+        except TransportError as error:
+            if error.status != 404:
+                raise
+            raise LeftOutError("the server does not know this attempt's model") from error
         session = self._session(opening, self._as_it_joined(drawn, saved), saved.secrets)
         await self._go_through(opening, session, saved.steps, old)
 

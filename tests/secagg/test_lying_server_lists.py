@@ -172,9 +172,7 @@ def test_a_copied_key_is_refused_though_bit_255_tells_it_apart() -> None:
 # Drop-outs that come back
 
 
-@pytest.mark.parametrize(
-    ("dropped", "stage"), [("join", "upload"), ("join", "agree"), ("share", "agree")], ids="->".join
-)
+@pytest.mark.parametrize(("dropped", "stage"), [("join", "upload"), ("join", "agree"), ("share", "agree")])
 def test_a_drop_out_that_appears_in_a_later_list_is_refused(dropped: str, stage: str) -> None:
     attempt = before(stage, drop={dropped: {COLLUDER}})
     wires = attempt.wires(LISTS[stage])

@@ -12,6 +12,7 @@ from fedclip_secure.errors import ProtocolError
 from fedclip_secure.secagg.keys import pair_commitment
 from fedclip_secure.secagg.messages import SumProof, SurvivorPairs, vector_hash
 from fedclip_secure.secagg.ring import Words
+from fedclip_secure.secagg.unmasking import Revealed, masks_left, unmask_sum
 from tests.fakes import Attempt, Federation
 from tests.secagg.lies import before, with_closing_round
 
@@ -105,6 +106,20 @@ def with_a_key_of_its_own(attempt: Attempt, proof: SumProof, vectors: Vectors) -
     return proof.model_copy(update={"pairs": pairs}), vectors
 
 
+def and_its_sum(lie: Lie) -> Lie:
+    """The same lie, with the sum that these vectors and secrets give."""
+
+    def consistent(attempt: Attempt, proof: SumProof, vectors: Vectors) -> tuple[SumProof, Mapping[str, Words]]:
+        lied, shown = lie(attempt, proof, vectors)
+        survivors = list(attempt.server.uploads)
+        pairs = {name: {DROPPED: each.dropped[0]} for name, each in zip(survivors, lied.pairs, strict=True)}
+        left = masks_left(attempt.server.transcript2, Revealed(dict(zip(survivors, lied.secrets, strict=True)), pairs))
+        total = unmask_sum((shown[name] for name in survivors), attempt.total.size, left)
+        return lied.model_copy(update={"sum": vector_hash(total)}), shown
+
+    return consistent
+
+
 def of_another_attempt(attempt: Attempt, proof: SumProof, vectors: Vectors) -> tuple[SumProof, Vectors]:
     del attempt, proof, vectors
     _, other, theirs = proven({"upload": {DROPPED}})
@@ -143,6 +158,15 @@ LIES: dict[str, Lie] = {
     "no pair keys": of_proof(pairs=lambda _: []),
     "pair keys of a survivor too many": of_proof(pairs=lambda proof: [*proof.pairs, proof.pairs[-1]]),
     "another attempt's proof and vectors": of_another_attempt,
+    "wrong vector and the sum that the pair keys give": and_its_sum(
+        of_vectors(lambda _, vectors: {PEER: one_off(vectors[PEER])})
+    ),
+    "wrong b and the sum that the pair keys give": and_its_sum(of_proof(secrets=lambda proof: changed(proof.secrets))),
+    "wrong pair key and the sum that it gives": and_its_sum(of_pairs(lambda p: {"dropped": changed(p.dropped, 0)})),
+    "a pair key and a commitment made up, and the sum": and_its_sum(with_a_key_of_its_own),
+    "pair keys of two survivors swapped, and the sum": and_its_sum(
+        of_proof(pairs=lambda proof: [proof.pairs[1], proof.pairs[0], *proof.pairs[2:]])
+    ),
 }
 
 

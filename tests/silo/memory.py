@@ -18,7 +18,7 @@ from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.epoch import Epoch
 from fedclip_secure.pki.identity import Identity
-from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
+from fedclip_secure.secagg.aggregator_session import AggregatorSession, Asked, Phase
 from fedclip_secure.secagg.messages import SumProof
 from fedclip_secure.secagg.opening import reopen
 from fedclip_secure.secagg.ring import Words
@@ -98,7 +98,7 @@ class Hub:
         self.wire, key = self.federation.opening(round_number, self.attempt, self.model.digest)
         terms = self.federation.terms
         asked = self.asked.setdefault(round_number, set())
-        self.session = self.session_type(terms, reopen(terms, self.wire), key, asked)
+        self.session = self.session_type(terms, reopen(terms, self.wire), key, Asked(asked))
         self.idle.clear()
         self.vectors: dict[str, Words] = {}
         self.total: Words | None = None
