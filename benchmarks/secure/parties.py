@@ -63,7 +63,7 @@ class Silo:
         """Draw an update, round it to the grid, then stage 0."""
         update = draw(self._terms.layout.size, seed)
         with self._clock("quantise"):
-            vector = self._terms.vector.pack(self._terms.grid.quantize(update, WEIGHT), WEIGHT)
+            vector = self._terms.vector.quantize(self._terms.grid, update, WEIGHT)
             own = _keep(vector, self._folder, f"{self._name}.own")
         del update, vector
         with self._clock("join"):

@@ -34,6 +34,7 @@ from fedclip_secure.secagg.messages import (
     decode_body,
     join_transcript,
     open_message,
+    places_of,
     share_transcript,
     survivors_hash,
 )
@@ -82,6 +83,7 @@ class AggregatorSession:
         self.results: dict[str, Signed[Result]] = {}
         self.conflicts: list[tuple[str, str]] = []  # pairs of silos that committed to different keys
         self._asked = asked or Asked()
+        self._places: dict[str, int] = {}  # in U1
         self._ciphertexts: dict[str, dict[str, Ciphertexts]] = {}
         self._commitments: dict[str, dict[str, bytes]] = {}
         self._transcript = self._transcript2 = self._survivors = b""
@@ -120,7 +122,8 @@ class AggregatorSession:
         """Stage 1: `ciphertexts` by peer; they must be the ones committed to."""
         bundles = self._open((Phase.SHARE,), sender, wire, Bundles, self.ads)
         checks.check_bundles(bundles.body, self._transcript, sender, self.ads)
-        committed = {entry.peer: (entry.ct_share, entry.ct_salt) for entry in bundles.body.entries}
+        entries = {peer: bundles.body.between(sender, peer, self._places) for peer in self.ads if peer != sender}
+        committed = {peer: (entry.ct_share, entry.ct_salt) for peer, entry in entries.items()}
         sent = {peer: (hashlib.sha256(a).digest(), hashlib.sha256(b).digest()) for peer, (a, b) in ciphertexts.items()}
         if sent != committed:
             raise ProtocolError("bundle", f"{sender}'s ciphertexts are not those it committed to", silo=sender)
@@ -210,7 +213,7 @@ class AggregatorSession:
             raise ProtocolError("floor", f"{count} silos at stage {stage!r}, {self._terms.threshold} must answer")
         if self.phase is Phase.JOIN:
             self.ads = {name: self.ads[name] for name in names}
-            self._transcript = join_transcript(self._opening.base, self.ads)
+            self._transcript, self._places = join_transcript(self._opening.base, self.ads), places_of(self.ads)
         elif self.phase is Phase.SHARE:
             checks.check_bound(self.ads, self.bundles, final=False)
             self.bundles = dict(sorted(self.bundles.items()))
@@ -290,6 +293,7 @@ class AggregatorSession:
             self._transcript,
             self._transcript2,
             self.ads,
+            self._places,
             self.bundles,
             self._ciphertexts,
             self.uploads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from fedclip_secure.errors import ProtocolError
-from fedclip_secure.secagg.messages import Bundles, KeyAd, Signed
+from fedclip_secure.secagg.messages import BUNDLE_BYTES, Bundles, KeyAd, Signed
 from fedclip_secure.secagg.sealing import check_seal_public, check_x25519_public
 from fedclip_secure.secagg.terms import Terms
 
@@ -43,10 +43,10 @@ def check_distinct_keys(ads: Mapping[str, Signed[KeyAd]]) -> None:
 
 
 def check_bundles(bundles: Bundles, transcript: bytes, sender: str, joined: Collection[str]) -> None:
-    """Bundles made for this T, covering exactly U1 without the sender, in the order of names."""
+    """Bundles made for this T, one for each silo of U1 but the sender."""
     if bundles.transcript != transcript:
         raise ProtocolError("transcript", f"{sender} shared among another set of silos", silo=sender)
-    if [entry.peer for entry in bundles.entries] != sorted(name for name in joined if name != sender):
+    if len(bundles.entries) != BUNDLE_BYTES * (len(joined) - 1):
         raise ProtocolError("bundle", f"{sender}'s bundles do not cover exactly the other silos", silo=sender)
 
 

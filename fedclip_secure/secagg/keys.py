@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -18,7 +19,7 @@ from fedclip_secure import canonical
 from fedclip_secure.secagg.sealing import PRIVATE_BYTES, SealKey
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SeedKeys:
     """What a 32-byte `seed` stands for, in one attempt (`base`)."""
 
@@ -28,9 +29,9 @@ class SeedKeys:
     @property
     def mask_public(self) -> bytes:
         """X25519 public key, 32 bytes."""
-        return self._mask_private().public_key().public_bytes_raw()
+        return self._mask_private.public_key().public_bytes_raw()
 
-    @property
+    @cached_property
     def salt_seal(self) -> SealKey:
         """The key to which peers seal their salts."""
         return SealKey(_hkdf(self.seed, self.base, PRIVATE_BYTES, "fedclip/v1/salt-seal-key"))
@@ -48,9 +49,10 @@ class SeedKeys:
         low, high = sorted((owner, peer.name))
         mine = self.salt_for(owner, peer.name)
         salts = mine + peer.salt if owner == low else peer.salt + mine
-        shared = self._mask_private().exchange(X25519PublicKey.from_public_bytes(peer.mask_public))
+        shared = self._mask_private.exchange(X25519PublicKey.from_public_bytes(peer.mask_public))
         return _hkdf(shared + salts, transcript2, 32, "fedclip/v1/pair", low, high)
 
+    @cached_property
     def _mask_private(self) -> X25519PrivateKey:
         return X25519PrivateKey.from_private_bytes(_hkdf(self.seed, self.base, 32, "fedclip/v1/mask-key"))
 

@@ -2,7 +2,7 @@
 
 A signed message is the CBOR array [bytes, signature]. The bytes are the canonical CBOR map
 {v, type, federation, sender, body}; the signature is Ed25519 (RFC 8032) over
-"fedclip/v1/" ‖ type ‖ 0x00 ‖ bytes. Hashes are over bodies, never over signatures.
+"fedclip/v1/" ‖ type ‖ 0x00 ‖ bytes. Hashes are over these bytes, never over signatures.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Party = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Hash = Annotated[bytes, Field(min_length=32, max_length=32)]
 Key = Annotated[bytes, Field(min_length=32, max_length=32)]
 SealPublic = Annotated[bytes, Field(min_length=PUBLIC_BYTES, max_length=PUBLIC_BYTES)]
+BUNDLE_BYTES = 4 * 32
 Counter = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -65,23 +66,41 @@ class KeyAd(Body):
     agreed: Annotated[list[Party], Field(max_length=255)]  # names it agreed to over this model before; else none
 
 
-class Bundle(Body):
-    """What one silo prepared for one peer: hashes of two ciphertexts and of the two shares inside."""
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What one silo prepared for one peer: hashes of two ciphertexts and of the two shares inside, 32 bytes each."""
 
-    type: ClassVar[str] = "bundle"
-    peer: Party
-    ct_share: Hash
-    ct_salt: Hash
-    share_seed: Hash
-    share_b: Hash
+    ct_share: bytes
+    ct_salt: bytes
+    share_seed: bytes
+    share_b: bytes
 
 
 class Bundles(Body):
-    """Stage 1: one bundle for each peer in U1, in the order of their names."""
+    """Stage 1: one bundle for each peer in U1.
+
+    With 255 silos these are 65,000 bundles in all; as bytes of a fixed length they are cheap to read.
+    """
 
     type: ClassVar[str] = "bundles"
     transcript: Hash  # T
-    entries: Annotated[list[Bundle], Field(max_length=254)]
+    entries: Annotated[bytes, Field(max_length=254 * BUNDLE_BYTES)]  # in the order of the peers' names
+
+    @classmethod
+    def of(cls, transcript: bytes, bundles: Iterable[Bundle]) -> Bundles:
+        """From the bundles for all peers, in the order of names."""
+        joined = b"".join(b"".join((b.ct_share, b.ct_salt, b.share_seed, b.share_b)) for b in bundles)
+        return cls(transcript=transcript, entries=joined)
+
+    def entry(self, index: int) -> Bundle:
+        """The bundle for the peer of this place."""
+        start = index * BUNDLE_BYTES
+        parts = (self.entries[at : at + 32] for at in range(start, start + BUNDLE_BYTES, 32))
+        return Bundle(*parts)
+
+    def between(self, sender: str, receiver: str, places: Mapping[str, int]) -> Bundle:
+        """Of these bundles by `sender`, the one for `receiver`; `places` are those of the names in U1, from 0."""
+        return self.entry(places[receiver] - (places[sender] < places[receiver]))
 
 
 class Upload(Body):
@@ -210,6 +229,7 @@ class Signed(Generic[B]):
     sender: str
     body: B
     wire: bytes
+    digest: bytes  # SHA-256 of what was signed, without the signature
 
 
 def parse(model: type[B], data: Any) -> B:
@@ -265,7 +285,7 @@ def open_message(wire: bytes, model: type[B], federation: str, roster: Roster) -
         roster.verify(sender, outer[1], _signed_bytes(model.type, outer[0]))
     except TrustError as error:
         raise ProtocolError("signature", f"a {model.type} message: {error}") from error
-    return Signed(sender, parse(model, envelope["body"]), wire)
+    return Signed(sender, parse(model, envelope["body"]), wire, hashlib.sha256(outer[0]).digest())
 
 
 def by_sender(wires: Iterable[bytes], model: type[B], federation: str, roster: Roster) -> dict[str, Signed[B]]:
@@ -286,19 +306,24 @@ def base_hash(ad: ServerAd) -> bytes:
     return canonical.digest("fedclip/v1/base", ad.plain())
 
 
+def places_of(names: Iterable[str]) -> dict[str, int]:
+    """Each name's place in a list, from 0."""
+    return {name: place for place, name in enumerate(names)}
+
+
 def join_transcript(base: bytes, ads: Mapping[str, Signed[KeyAd]]) -> bytes:
     """T: binds the keys of all of U1."""
-    return canonical.digest("fedclip/v1/T", base, _bodies(ads))
+    return canonical.digest("fedclip/v1/T", base, _digests(ads))
 
 
 def share_transcript(transcript: bytes, bundles: Mapping[str, Signed[Bundles]]) -> bytes:
     """T2: binds the shares and salts of all of U2."""
-    return canonical.digest("fedclip/v1/T2", transcript, _bodies(bundles))
+    return canonical.digest("fedclip/v1/T2", transcript, _digests(bundles))
 
 
 def survivors_hash(transcript2: bytes, uploads: Mapping[str, Signed[Upload]]) -> bytes:
     """H(U3): binds names and masked vectors of the survivors."""
-    return canonical.digest("fedclip/v1/U3", transcript2, _bodies(uploads))
+    return canonical.digest("fedclip/v1/U3", transcript2, _digests(uploads))
 
 
 def vector_hash(words: Words) -> bytes:
@@ -306,8 +331,8 @@ def vector_hash(words: Words) -> bytes:
     return hashlib.sha256(words.astype(WORD, copy=False).data).digest()
 
 
-def _bodies(messages: Mapping[str, Signed[Any]]) -> list[list[Any]]:
-    return [[name, messages[name].body.plain()] for name in sorted(messages)]
+def _digests(messages: Mapping[str, Signed[Any]]) -> list[list[Any]]:
+    return [[name, messages[name].digest] for name in sorted(messages)]
 
 
 def _signed_bytes(kind: str, message: bytes) -> bytes:

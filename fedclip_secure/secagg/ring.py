@@ -58,11 +58,11 @@ class FixedPoint:
         """s: the real value of one integer at full weight."""
         return self.clip / self.bound
 
-    def quantize(self, update: Floats | Doubles, weight: int) -> Words:
+    def quantize(self, update: Floats | Doubles, weight: int, out: Words | None = None) -> Words:
         """Round `weight` times `update` (d,) to the grid, up or down at random so that the mean is exact.
 
         `update` is float32 or float64, and may be a read-only map of a file. Returns (d,) uint32, two's
-        complement. Beside the two, memory does not grow with d.
+        complement, in `out` where that is given. Beside the two, memory does not grow with d.
 
         Raises:
             ProtocolError: `not-finite`; or `clip` where more than 0.1 % of the coordinates are beyond it.
@@ -70,7 +70,8 @@ class FixedPoint:
         """
         if not 1 <= weight <= self.max_weight:
             raise ValueError(f"weight {weight} is not in 1..{self.max_weight}")
-        integers = np.empty(update.size, dtype=np.int32)
+        words = np.empty(update.size, dtype=np.uint32) if out is None else out
+        integers = words.view(np.int32)
         # The system's own randomness, only faster: 32 of its bytes, which nobody else sees and which are never used
         # again, are the key of a cipher whose stream cannot be told from uniform words. No seed of a plan comes near.
         stream, drawer = keystream(os.urandom(32)), Drawer(_CHUNK)
@@ -84,7 +85,6 @@ class FixedPoint:
             beyond += int(np.count_nonzero(np.abs(values) > self.clip))
             integers[part] = self._round(values, weight, drawer.draw(stream, values.size))
         self._check_clamped(update, beyond)
-        words: Words = integers.view(np.uint32)
         return words
 
     def mean(self, total: npt.NDArray[np.signedinteger[Any]], weight: int) -> Doubles:
@@ -135,9 +135,24 @@ class VectorLayout:
         return self.parameters + (3 if self.counts else 1)
 
     def pack(self, update: Words, weight: int, correct: int = 0, total: int = 0) -> Words:
-        """One silo's vector (words,) uint32."""
-        tail = [weight, correct, total] if self.counts else [weight]
-        return np.concatenate([update, np.array(tail, dtype=np.uint32)])
+        """One silo's vector (words,) uint32, of integers that are on the grid."""
+        return np.concatenate([update, self._tail(weight, correct, total)])
+
+    def quantize(
+        self, grid: FixedPoint, update: Floats | Doubles, weight: int, correct: int = 0, total: int = 0
+    ) -> Words:
+        """One silo's vector (words,) uint32, of its update (d,) before rounding, which is rounded in place.
+
+        Raises:
+            As `FixedPoint.quantize`.
+        """
+        words = np.empty(self.words, dtype=np.uint32)
+        grid.quantize(update, weight, out=words[: self.parameters])
+        words[self.parameters :] = self._tail(weight, correct, total)
+        return words
+
+    def _tail(self, weight: int, correct: int, total: int) -> Words:
+        return np.array([weight, correct, total] if self.counts else [weight], dtype=np.uint32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

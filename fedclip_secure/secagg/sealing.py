@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -38,7 +39,7 @@ _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _P = 2**255 - 19
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SealKey:
     """A private key to which others seal; `private` is 96 bytes: ML-KEM seed, X25519 scalar."""
 
@@ -52,7 +53,7 @@ class SealKey:
     @property
     def public(self) -> bytes:
         """1,216 bytes: ML-KEM-768 encapsulation key, X25519 public key."""
-        mlkem, x25519 = self._parts()
+        mlkem, x25519 = self._parts
         return mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
 
     def open(self, sealed: bytes, *info: Any) -> bytes:
@@ -62,10 +63,15 @@ class SealKey:
             ProtocolError: `seal`.
         """
         try:
-            return _SUITE.decrypt(sealed, MLKEM768X25519PrivateKey(*self._parts()), info=canonical.encode(list(info)))
+            return _SUITE.decrypt(sealed, self._key, info=canonical.encode(list(info)))
         except (InvalidTag, ValueError) as error:
             raise ProtocolError("seal", "a sealed text does not open") from error
 
+    @cached_property
+    def _key(self) -> MLKEM768X25519PrivateKey:
+        return MLKEM768X25519PrivateKey(*self._parts)
+
+    @cached_property
     def _parts(self) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
         return (
             MLKEM768PrivateKey.from_seed_bytes(self.private[:64]),

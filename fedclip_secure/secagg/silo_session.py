@@ -47,6 +47,7 @@ from fedclip_secure.secagg.messages import (
     by_sender,
     join_transcript,
     open_message,
+    places_of,
     share_transcript,
     sign_message,
     survivors_hash,
@@ -134,6 +135,7 @@ class SiloSession:
         self.secrets = secrets or AttemptSecrets.fresh(opening.base)
         self._transcript = self._transcript2 = self._survivors = b""  # T, T2, H(U3)
         self._ads: dict[str, Signed[KeyAd]] = {}  # U1
+        self._places: dict[str, int] = {}  # in U1
         self._bundles: dict[str, Signed[Bundles]] = {}  # U2
         self._uploads: dict[str, Signed[Upload]] = {}  # U3
         self._held: dict[str, tuple[bytes, bytes]] = {}  # peer: this silo's shares of its seed and of its b
@@ -175,7 +177,7 @@ class SiloSession:
             checks.check_key_ad(ad.body, self._opening.base, name)
         checks.check_distinct_keys(self._ads)
         self._check_agreed(self._ads)
-        self._transcript = join_transcript(self._opening.base, self._ads)
+        self._transcript, self._places = join_transcript(self._opening.base, self._ads), places_of(self._ads)
         shares = drawn or self._draw_shares()
         self._own_bundles = open_message(shares.bundles, Bundles, self._terms.federation, self._terms.roster).body
         return shares
@@ -323,11 +325,11 @@ class SiloSession:
         return UploadHeader(upload=self._sign_body(self._own_upload), pairs=commitments).encode()
 
     def _draw_shares(self) -> Shares:
-        entries, ciphertexts = [], {}
+        bundles, ciphertexts = [], {}
         for peer, shares in self._split_secrets().items():
             ciphertexts[peer] = self._seal_for(peer, shares)
-            entries.append(self._bundle(peer, shares, ciphertexts[peer]))
-        return Shares(self._sign_body(Bundles(transcript=self._transcript, entries=entries)), ciphertexts)
+            bundles.append(self._bundle(peer, shares, ciphertexts[peer]))
+        return Shares(self._sign_body(Bundles.of(self._transcript, bundles)), ciphertexts)
 
     def _peers(self) -> list[str]:
         """U2 without this silo, in the order of names."""
@@ -349,7 +351,6 @@ class SiloSession:
 
     def _bundle(self, peer: str, shares: tuple[bytes, bytes], ciphertexts: Ciphertexts) -> Bundle:
         return Bundle(
-            peer=peer,
             ct_share=hashlib.sha256(ciphertexts[0]).digest(),
             ct_salt=hashlib.sha256(ciphertexts[1]).digest(),
             share_seed=share_commitment(self._transcript, self._silo, peer, "seed", shares[0]),
@@ -358,7 +359,7 @@ class SiloSession:
 
     def _receive(self, peer: str, inbox: Mapping[str, Ciphertexts]) -> bytes:
         """Open and check what `peer` sent to this silo; keep the shares, return the salt."""
-        entry = next(entry for entry in self._bundles[peer].body.entries if entry.peer == self._silo)
+        entry = self._bundles[peer].body.between(peer, self._silo, self._places)
         sealed_share, sealed_salt = inbox.get(peer, (b"", b""))
         if (hashlib.sha256(sealed_share).digest(), hashlib.sha256(sealed_salt).digest()) != (
             entry.ct_share,

@@ -18,7 +18,7 @@ from fedclip_secure.secagg.keys import (
     self_key,
     share_commitment,
 )
-from fedclip_secure.secagg.messages import Bundle, Bundles, Ciphertexts, KeyAd, Signed, Unmask, Upload
+from fedclip_secure.secagg.messages import Bundles, Ciphertexts, KeyAd, Signed, Unmask, Upload
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.terms import Terms
 
@@ -32,6 +32,7 @@ class Evidence:
     transcript: bytes  # T
     transcript2: bytes  # T2
     ads: Mapping[str, Signed[KeyAd]]  # U1
+    places: Mapping[str, int]  # in U1
     bundles: Mapping[str, Signed[Bundles]]  # U2
     ciphertexts: Mapping[str, Mapping[str, Ciphertexts]]  # sender, receiver
     uploads: Mapping[str, Signed[Upload]]  # U3
@@ -75,7 +76,7 @@ def check_unmask(evidence: Evidence, sender: str, unmask: Unmask, survivors: byt
         if commitment != evidence.commitments[sender][pair.peer]:
             raise ProtocolError("share", f"{sender} gave another pair key than it committed to", silo=sender)
     for share in unmask.shares:
-        entry = _entry(evidence.bundles[share.peer].body, sender)
+        entry = evidence.bundles[share.peer].body.between(share.peer, sender, evidence.places)
         committed = entry.share_b if share.kind == "b" else entry.share_seed
         if share_commitment(evidence.transcript, share.peer, sender, share.kind, share.share) != committed:
             raise ProtocolError("share", f"{sender} gave a wrong share of {share.peer}'s {share.kind}", silo=sender)
@@ -176,7 +177,3 @@ def _combine(evidence: Evidence, owner: str) -> bytes:
     if len(shares) < t:
         raise ProtocolError("secret", f"{len(shares)} shares of {owner}'s secret, {t} are needed", silo=owner)
     return shamir.combine(dict(list(shares.items())[:t]))
-
-
-def _entry(bundles: Bundles, peer: str) -> Bundle:
-    return next(entry for entry in bundles.entries if entry.peer == peer)

@@ -213,8 +213,8 @@ class Runner:
                     f"{counted.total} validation records are more than the {terms.grid.bound} that a sum over "
                     f"{terms.grid.silos} silos can hold; ask for a smaller `splits.validation`"
                 )
-        integers = terms.grid.quantize(self._update(round_number, old), weight)
-        return terms.vector.pack(integers, weight, counted.correct, counted.total)
+        update = self._update(round_number, old)
+        return terms.vector.quantize(terms.grid, update, weight, counted.correct, counted.total)
 
     def _update(self, round_number: int, old: AdapterState) -> npt.NDArray[np.floating[Any]]:
         if self._terms.trains(round_number):

@@ -93,7 +93,7 @@ class LyingSilo(SiloSession):
     lie: Lie
 
     def _draw_shares(self) -> Shares:
-        entries, ciphertexts = [], {}
+        bundles, ciphertexts = [], {}
         points = {name: self._terms.roster.index(name) for name in self._ads}
         secrets, t = self.secrets, self._terms.threshold
         seeds = shamir.split(secrets.keys.seed, t, list(points.values()))
@@ -102,8 +102,8 @@ class LyingSilo(SiloSession):
             seed, b = seeds[points[peer]], bs[points[peer]]
             sent = self.lie(peer, Sent(seed, b, secrets.keys.salt_for(self._silo, peer), seed + b))
             ciphertexts[peer] = self._seal(peer, sent)
-            entries.append(self._commit_to(peer, sent, ciphertexts[peer]))
-        return Shares(self._sign_body(Bundles(transcript=self._transcript, entries=entries)), ciphertexts)
+            bundles.append(self._commit_to(peer, sent, ciphertexts[peer]))
+        return Shares(self._sign_body(Bundles.of(self._transcript, bundles)), ciphertexts)
 
     def _seal(self, peer: str, sent: Sent) -> Ciphertexts:
         ad = self._ads[peer].body
@@ -114,7 +114,6 @@ class LyingSilo(SiloSession):
 
     def _commit_to(self, peer: str, sent: Sent, ciphertexts: Ciphertexts) -> Bundle:
         return Bundle(
-            peer=peer,
             ct_share=hashlib.sha256(ciphertexts[0]).digest(),
             ct_salt=hashlib.sha256(ciphertexts[1]).digest(),
             share_seed=share_commitment(self._transcript, self._silo, peer, "seed", sent.seed),

@@ -322,7 +322,7 @@ def test_bundles_over_other_keys_are_refused() -> None:
 def test_bundles_for_too_few_are_refused() -> None:
     attempt = before("share")
     hands = Hands(attempt, "share")
-    hands.wire = changed_bundles(attempt, hands, entries=[])
+    hands.wire = changed_bundles(attempt, hands, entries=b"")
     hands.ciphertexts = {}
     assert refused(receive, attempt.server, "share", LIAR, hands) == "bundle"
 

@@ -78,9 +78,7 @@ def shared_in_two_views(view: View) -> Attempt:
 
 def colluders_bundles(attempt: Attempt, like: str) -> bytes:
     """The colluder's, for the keys that `like` was shown."""
-    theirs = attempt.server.bundles[like].body
-    entries = [entry.model_copy(update={"peer": name}) for entry, name in zip(theirs.entries, HONEST, strict=True)]
-    return signed(attempt.federation, COLLUDER, theirs.model_copy(update={"entries": entries}))
+    return signed(attempt.federation, COLLUDER, attempt.server.bundles[like].body)
 
 
 @SPLITS

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fedclip_secure.secagg.messages import (
     Agree,
     Body,
     Complaint,
+    KeyAd,
     PeerShare,
     Result,
     Unmask,
@@ -173,8 +175,9 @@ def test_transcripts_bind_every_byte_of_every_body_and_no_signature() -> None:
     server, base = attempt.server, attempt.opening.base
     first, t = server.ads["silo-000"], join_transcript(base, server.ads)
     other = first.body.model_copy(update={"self_commit": bytes(32)})
-    changed = {**server.ads, "silo-000": type(first)("silo-000", other, first.wire)}
-    resigned = {**server.ads, "silo-000": type(first)("silo-000", first.body, b"another wire")}
+    wire = signed(attempt.federation, "silo-000", other)
+    changed = {**server.ads, "silo-000": open_message(wire, KeyAd, "test", attempt.federation.terms.roster)}
+    resigned = {**server.ads, "silo-000": replace(first, wire=b"another wire")}
     assert join_transcript(base, changed) != t == join_transcript(base, resigned)
     assert join_transcript(bytes(32), server.ads) != t
     fewer = {name: message for name, message in server.bundles.items() if name != "silo-002"}

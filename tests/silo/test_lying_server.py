@@ -221,9 +221,9 @@ def relabelled(hub: LyingHub, sent: bytes) -> bytes:
     """The colluder commits to, and sends, to the victim what it sealed to a peer."""
     request = parse(SharesRequest, sent)
     body = open_message(request.bundles, Bundles, "test", hub.federation.terms.roster).body
-    entries = {entry.peer: entry for entry in body.entries}
-    entries[VICTIM] = entries[PEER].model_copy(update={"peer": VICTIM})
-    wire = signed(hub.federation, COLLUDER, body.model_copy(update={"entries": [entries[n] for n in sorted(entries)]}))
+    peers = [name for name in hub.federation.silos if name != COLLUDER]
+    bundles = [body.entry(peers.index(PEER if name == VICTIM else name)) for name in peers]
+    wire = signed(hub.federation, COLLUDER, Bundles.of(body.transcript, bundles))
     return SharesRequest(bundles=wire, ciphertexts={**request.ciphertexts, VICTIM: request.ciphertexts[PEER]}).encode()
 
 

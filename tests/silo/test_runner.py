@@ -203,15 +203,12 @@ def test_update_that_is_no_number_stops_the_silo_before_it_joins(hub: Hub, tmp_p
 
 
 def _garbage_for(hub: Hub, sender: str, victim: str, sent: bytes) -> bytes:
-    """What `sender` would sign who seals garbage to `victim` and commits to it."""
+    """What `sender` would sign who seals garbage to `victim`, its first peer, and commits to it."""
     shares = parse(SharesRequest, sent)
     body = open_message(shares.bundles, Bundles, "test", hub.federation.terms.roster).body
     pair = [b"garbage", b"garbage"]
     digest = hashlib.sha256(b"garbage").digest()
-    entries = [
-        entry.model_copy(update={"ct_share": digest, "ct_salt": digest}) if entry.peer == victim else entry
-        for entry in body.entries
-    ]
+    entries = digest + digest + body.entries[64:]
     wire = sign_message(body.model_copy(update={"entries": entries}), "test", sender, hub.federation.keys[sender].sign)
     return SharesRequest(bundles=wire, ciphertexts={**shares.ciphertexts, victim: pair}).encode()
 

@@ -21,7 +21,6 @@ from fedclip_secure.errors import FedClipError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.messages import Upload, by_sender, survivors_hash
-from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import Stage
 from fedclip_secure.silo.journal import Drawn, Journal, Step
 from fedclip_secure.transport.messages import WireList, parse
@@ -66,7 +65,7 @@ class Record:
 
     lists: dict[tuple[bytes, bytes], tuple[bytes, tuple[str, ...]]] = field(default_factory=dict)  # (T2, H(U3))
     vectors: dict[tuple[str, bytes], set[bytes]] = field(default_factory=lambda: defaultdict(set))  # of (silo, model)
-    joined: list[tuple[str, bytes]] = field(default_factory=list)  # (silo, model)
+    sums: dict[int, tuple[bytes, tuple[str, ...], Words]] = field(default_factory=dict)  # model, survivors, sum
     lost: set[tuple[str, bytes]] = field(default_factory=set)
     relapses: list[str] = field(default_factory=list)  # joined though lost
     seen: Counter[str] = field(default_factory=Counter)
@@ -77,7 +76,7 @@ class RestlessHub(Hub):
 
     def __init__(self, federation: Federation, turns: list[Turn], record: Record) -> None:
         self.turns, self.record = turns, record
-        self.sums: list[tuple[tuple[str, ...], Words]] = []  # (survivors, sum)
+        self.model_of: dict[int, bytes] = {}  # digest, by attempt
         super().__init__(federation)
 
     @property
@@ -89,6 +88,7 @@ class RestlessHub(Hub):
         self.attempt += 1
         self.session_type = CarelessSession if self.turn.careless else AggregatorSession
         self.gone = {self.turn.absent} - {None}  # type: ignore[assignment]
+        self.model_of[self.attempt] = self.model.digest
         self.attempt -= 1
         super().open(round_number)
 
@@ -97,10 +97,10 @@ class RestlessHub(Hub):
         if stage and sum(key[:2] == (self.attempt, stage) for key in self.kept) >= count:
             self.open(self.round)
             return
-        session = self.session
+        attempt, session = self.attempt, self.session
         super().advance()
         if session.phase is Phase.RESULT and self.total is not None:
-            self.record.seen["sums"] += 1
+            self.record.sums[attempt] = self.model_of[attempt], tuple(session.uploads), self.total
 
     def give_up(self) -> None:
         """Nobody has anything left to do: on to the next attempt, or round."""
@@ -136,7 +136,7 @@ class WatchedLink(MemoryLink):
         uploads = by_sender(wires, Upload, "test", roster)
         transcript = next(iter(uploads.values())).body.transcript
         listed = transcript, survivors_hash(transcript, uploads)
-        self.hub.record.lists[listed] = self.hub.model.digest, tuple(uploads)
+        self.hub.record.lists[listed] = self.hub.model_of[attempt], tuple(uploads)
         return WireList(messages=wires).encode()
 
 
@@ -199,7 +199,7 @@ class MortalSilo(Silo):
             raise KilledError(kind)
 
     async def _before(self, attempt: int, stage: str) -> None:
-        model, record = self.hub.model.digest, self.hub.record
+        model, record = self.hub.model_of[attempt], self.hub.record
         if stage == "key-ads":
             if (self.name, model) in record.lost:
                 record.relapses.append(self.name)
@@ -302,7 +302,7 @@ TURNS = st.builds(
 def test_no_silo_ever_signs_two_lists_of_names_or_sends_two_vectors_over_one_model() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(
         turns=st.lists(TURNS, min_size=1, max_size=5), fates=st.tuples(*(st.lists(FATES, max_size=3) for _ in SILOS))
     )
@@ -321,6 +321,9 @@ def test_no_silo_ever_signs_two_lists_of_names_or_sends_two_vectors_over_one_mod
             seen["held to its names"] += any("this silo agreed to the sum over" in line for line in party.said)
         for vectors in record.vectors.values():
             assert len(vectors) == 1, "a second vector left over one model"
+        for model, survivors, total in record.sums.values():
+            sent = [np.frombuffer(next(iter(record.vectors[name, model])), dtype=np.uint32) for name in survivors]
+            assert np.array_equal(total, np.sum(sent, axis=0, dtype=np.uint32))
         assert record.relapses == []
         seen.update(record.seen)
         seen["finished"] += hub.finished

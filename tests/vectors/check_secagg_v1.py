@@ -19,7 +19,7 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +293,7 @@ class Attempt:
     """One attempt, stage by stage; each step compares all that it derives."""
 
     def __init__(self, file: File) -> None:
+        self.digests: dict[tuple[str, str], bytes] = {}  # type, sender: of what was signed
         self.file = file
         self.identities = {name: file.given(f"identities/{name}") for name in file.get("identities")}
         self.names = sorted(name for name in self.identities if name != AGGREGATOR)
@@ -378,7 +379,12 @@ class Attempt:
         key = Ed25519PrivateKey.from_private_bytes(self.identities[sender])
         wire = cbor([message, key.sign(b"fedclip/v1/" + kind.encode() + b"\x00" + message)])
         self.file.same(path, wire)
+        self.digests[kind, sender] = sha256(message)
         return wire
+
+    def list_of(self, kind: str, names: Iterable[str]) -> list[list[Any]]:
+        """Section 2.3: what a transcript says of messages of one type."""
+        return [[name, self.digests[kind, name]] for name in names]
 
     # Stage 0 (section 4): keys.
 
@@ -393,7 +399,7 @@ class Attempt:
         self.mask: dict[str, bytes] = {}
         self.salts: dict[tuple[str, str], bytes] = {}  # of one silo, for another
         self.ads = {name: self._key_ad(name) for name in self.u1}
-        self.transcript = h("T", self.base, [[name, self.ads[name]] for name in self.u1])
+        self.transcript = h("T", self.base, self.list_of("key-ad", self.u1))
         self.file.same("T", self.transcript)
 
     def _key_ad(self, i: str) -> Body:
@@ -427,22 +433,23 @@ class Attempt:
         self.u2 = self.u1
         self.file.same("U2", self.u2)
         self.shares: dict[tuple[str, str, str], bytes] = {}  # kind, owner, holder
-        self.bundles = {name: self._bundles(name) for name in self.u2}
-        self.transcript2 = h("T2", self.transcript, [[name, self.bundles[name]] for name in self.u2])
+        for name in self.u2:
+            self._bundles(name)
+        self.transcript2 = h("T2", self.transcript, self.list_of("bundles", self.u2))
         self.file.same("T2", self.transcript2)
 
-    def _bundles(self, i: str) -> Body:
+    def _bundles(self, i: str) -> None:
         for kind, secret in (("seed", self.seed[i]), ("b", self.b[i])):
             coefficients = [bytes.fromhex(text) for text in self.file.get(f"silos/{i}/{kind}_coefficients")]
             if len(coefficients) != self.t - 1:
                 raise Difference(f"silos/{i}/{kind}_coefficients", f"a polynomial has degree {self.t - 1}")
             for j in self.u1:
                 self.shares[kind, i, j] = share_at(self.x[j], secret, coefficients)
-        body = {"transcript": self.transcript, "entries": [self._entry(i, j) for j in self.u1 if j != i]}
-        self.signed(f"silos/{i}/bundles", "bundles", i, body)
-        return body
+        entries = b"".join(self._entry(i, j) for j in self.u1 if j != i)
+        self.signed(f"silos/{i}/bundles", "bundles", i, {"transcript": self.transcript, "entries": entries})
 
-    def _entry(self, i: str, j: str) -> Body:
+    def _entry(self, i: str, j: str) -> bytes:
+        """128 bytes: hashes of both ciphertexts, commitments to both shares."""
         file, at = self.file, f"silos/{i}/for/{j}"
         seed_share, b_share = self.shares["seed", i, j], self.shares["b", i, j]
         opened = file.opened(f"{at}/sealed_shares", self.share_seal[j], "share-seal", self.transcript, i, j)
@@ -452,16 +459,12 @@ class Attempt:
         file.same(f"{at}/share_b", b_share)
         salt = file.opened(f"{at}/sealed_salt", self.salt_seal[j], "salt-seal", self.transcript, i, j)
         file.same(f"silos/{i}/pair_salts/{j}", salt)
-        entry = {
-            "peer": j,
-            "ct_share": sha256(file.given(f"{at}/sealed_shares")),
-            "ct_salt": sha256(file.given(f"{at}/sealed_salt")),
-            "share_seed": h("share", self.transcript, i, j, "seed", seed_share),
-            "share_b": h("share", self.transcript, i, j, "b", b_share),
-        }
-        file.same(f"{at}/share_seed_commitment", entry["share_seed"])
-        file.same(f"{at}/share_b_commitment", entry["share_b"])
-        return entry
+        seed_commitment = h("share", self.transcript, i, j, "seed", seed_share)
+        b_commitment = h("share", self.transcript, i, j, "b", b_share)
+        file.same(f"{at}/share_seed_commitment", seed_commitment)
+        file.same(f"{at}/share_b_commitment", b_commitment)
+        hashes = sha256(file.given(f"{at}/sealed_shares")) + sha256(file.given(f"{at}/sealed_salt"))
+        return hashes + seed_commitment + b_commitment
 
     # Stage 2 (sections 4.1 and 6): vectors, masks, uploads.
 
@@ -475,8 +478,9 @@ class Attempt:
         self.pairs: dict[str, dict[str, bytes]] = {}
         self.commitments: dict[str, list[bytes]] = {}
         self.y: dict[str, list[int]] = {}
-        uploads = [[name, self._upload(name)] for name in self.u3]
-        self.survivors = h("U3", self.transcript2, uploads)
+        for name in self.u3:
+            self._upload(name)
+        self.survivors = h("U3", self.transcript2, self.list_of("upload", self.u3))
         self.file.same("H_U3", self.survivors)
 
     def _vector(self, i: str) -> list[int]:
@@ -507,7 +511,7 @@ class Attempt:
     def self_key(self, i: str) -> bytes:
         return hkdf(self.b[i], self.transcript2, 32, "self", i)
 
-    def _upload(self, i: str) -> Body:
+    def _upload(self, i: str) -> None:
         file, at = self.file, f"silos/{i}"
         self.pairs[i] = {j: self.pair_key(i, j) for j in self.u2 if j != i}
         commitments = {j: self.pair_commitment(i, j, key) for j, key in self.pairs[i].items()}
@@ -531,7 +535,6 @@ class Attempt:
         inside = file.opened_body(f"{at}/sealed_upload", self.seal, "upload-seal", self.transcript2, i)
         if inside != (header, bytes_of(self.y[i])):
             raise Difference(f"{at}/sealed_upload", "holds another header or vector")
-        return body
 
     def _masked(self, i: str) -> list[int]:
         """y_i = q_i + PRG(self_i) + sum over j > i of PRG(pair_ij) - sum over j < i of PRG(pair_ij)."""

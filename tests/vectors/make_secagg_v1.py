@@ -182,7 +182,7 @@ def _secrets(terms: Terms, name: str, session: SiloSession) -> dict[str, Any]:
         "seed": secrets.keys.seed.hex(),
         "b": secrets.b.hex(),
         "share_seal": secrets.share_seal.private.hex(),
-        "mask_private": secrets.keys._mask_private().private_bytes_raw().hex(),
+        "mask_private": secrets.keys._mask_private.private_bytes_raw().hex(),
         "mask_public": secrets.keys.mask_public.hex(),
         "salt_seal": secrets.keys.salt_seal.private.hex(),
         "pair_salts": {peer: secrets.keys.salt_for(name, peer).hex() for peer in SILOS if peer != name},
@@ -204,14 +204,15 @@ def _share(maker: Maker, server: AggregatorSession) -> None:
     for name in SILOS:
         transcript = maker.sessions[name].transcript
         body = open_message(maker.shares[name].bundles, Bundles, maker.terms.federation, maker.terms.roster).body
+        peers = [peer for peer in SILOS if peer != name]
         maker.silos[name]["bundles"] = maker.shares[name].bundles.hex()
         maker.silos[name]["for"] = {
-            entry.peer: {
-                **_shares_for(maker, name, entry.peer, transcript),
-                "share_seed_commitment": entry.share_seed.hex(),
-                "share_b_commitment": entry.share_b.hex(),
+            peer: {
+                **_shares_for(maker, name, peer, transcript),
+                "share_seed_commitment": body.entry(place).share_seed.hex(),
+                "share_b_commitment": body.entry(place).share_b.hex(),
             }
-            for entry in body.entries
+            for place, peer in enumerate(peers)
         }
 
 
