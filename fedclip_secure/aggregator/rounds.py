@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from random import SystemRandom
 
 from fedclip_secure.aggregator.attempt import LiveAttempt
 from fedclip_secure.aggregator.complaints import excluded
@@ -213,7 +213,10 @@ class Rounds:
             return present <= set(session.ads) and len(session.joinable()) >= floor
 
         if not await self.wait(complete, self._seconds[Phase.JOIN]) and len(session.joinable()) < floor:
-            self._say(f"{self._name(live)}: {len(session.ads)} joined, {floor} are needed; waiting{self._stuck(live)}")
+            together = "" if len(session.joinable()) == len(session.ads) else ", who cannot all go on together"
+            self._say(
+                f"{self._name(live)}: {len(session.ads)} joined{together}, {floor} are needed; waiting{self._stuck(live)}"
+            )
             self._pardoned = True  # an accuser whose accused is gone is needed after all
             self.notify()
             seconds = self._seconds[Phase.JOIN] if any(ad.body.agreed for ad in session.ads.values()) else None
@@ -259,7 +262,7 @@ class Rounds:
         """An attempt whose masks would not cancel ends while it still can be started again."""
         for pair in live.session.conflicts:
             # Neither has accused the other: whom a case keeps out where it may be only one, chance decides.
-            one, other = SystemRandom().sample(pair, 2)
+            one, other = secrets.choice((pair, pair[::-1]))
             self.store.add_complaint(live.row, one, other)
         if live.session.conflicts:
             listed = _listed([f"{one} and {other}" for one, other in live.session.conflicts])

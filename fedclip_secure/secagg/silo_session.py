@@ -6,25 +6,21 @@ could reveal this silo's update has left.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.secagg import checks, masks, sealing, shamir
+from fedclip_secure.secagg import checks, masks, sealing, shamir, sharing
 from fedclip_secure.secagg.audit import SumCheck
 from fedclip_secure.secagg.keys import (
     AttemptSecrets,
     Peer,
     pair_commitment,
     pairs_commitment,
-    salt_info,
     self_commitment,
     self_key,
-    share_commitment,
-    share_info,
     unmask_info,
     upload_info,
 )
@@ -32,7 +28,6 @@ from fedclip_secure.secagg.messages import (
     Agree,
     B,
     Body,
-    Bundle,
     Bundles,
     Ciphertexts,
     KeyAd,
@@ -57,9 +52,8 @@ from fedclip_secure.secagg.opening import Opening
 from fedclip_secure.secagg.outcome import Outcome, compute_outcome, result_of
 from fedclip_secure.secagg.ring import WORD, Words
 from fedclip_secure.secagg.sealing import SealedBody
+from fedclip_secure.secagg.sharing import Sent, Way
 from fedclip_secure.secagg.terms import Terms
-
-SHARE = 32  # bytes of one share
 
 
 class Stage(IntEnum):
@@ -138,7 +132,7 @@ class SiloSession:
         self._places: dict[str, int] = {}  # in U1
         self._bundles: dict[str, Signed[Bundles]] = {}  # U2
         self._uploads: dict[str, Signed[Upload]] = {}  # U3
-        self._held: dict[str, tuple[bytes, bytes]] = {}  # peer: this silo's shares of its seed and of its b
+        self._held: dict[str, Sent] = {}  # peer: what it gave to this silo
         self._pair_keys: dict[str, bytes] = {}
 
     @property
@@ -326,64 +320,37 @@ class SiloSession:
 
     def _draw_shares(self) -> Shares:
         bundles, ciphertexts = [], {}
-        for peer, shares in self._split_secrets().items():
-            ciphertexts[peer] = self._seal_for(peer, shares)
-            bundles.append(self._bundle(peer, shares, ciphertexts[peer]))
+        for peer, sent in self._split_secrets().items():
+            way = Way(self._transcript, self._silo, peer)
+            bundle, ciphertexts[peer] = sharing.seal_to(self._ads[peer].body, way, sent)
+            bundles.append(bundle)
         return Shares(self._sign_body(Bundles.of(self._transcript, bundles)), ciphertexts)
 
     def _peers(self) -> list[str]:
         """U2 without this silo, in the order of names."""
         return [name for name in self._bundles if name != self._silo]
 
-    def _split_secrets(self) -> dict[str, tuple[bytes, bytes]]:
-        """Shares of seed and b for each peer in U1; this silo keeps its own."""
+    def _split_secrets(self) -> dict[str, Sent]:
+        """Shares of seed and b, and the salt, for each peer in U1; this silo keeps none of its own."""
         points = {name: self._terms.roster.index(name) for name in self._ads}
-        seeds = shamir.split(self.secrets.keys.seed, self._terms.threshold, list(points.values()))
-        bs = shamir.split(self.secrets.b, self._terms.threshold, list(points.values()))
-        return {peer: (seeds[x], bs[x]) for peer, x in points.items() if peer != self._silo}
-
-    def _seal_for(self, peer: str, shares: tuple[bytes, bytes]) -> Ciphertexts:
-        ad, salt = self._ads[peer].body, self.secrets.keys.salt_for(self._silo, peer)
-        return (
-            sealing.seal(b"".join(shares), ad.share_seal, *share_info(self._transcript, self._silo, peer)),
-            sealing.seal(salt, ad.salt_seal, *salt_info(self._transcript, self._silo, peer)),
-        )
-
-    def _bundle(self, peer: str, shares: tuple[bytes, bytes], ciphertexts: Ciphertexts) -> Bundle:
-        return Bundle(
-            ct_share=hashlib.sha256(ciphertexts[0]).digest(),
-            ct_salt=hashlib.sha256(ciphertexts[1]).digest(),
-            share_seed=share_commitment(self._transcript, self._silo, peer, "seed", shares[0]),
-            share_b=share_commitment(self._transcript, self._silo, peer, "b", shares[1]),
-        )
+        keys, t = self.secrets.keys, self._terms.threshold
+        seeds = shamir.split(keys.seed, t, list(points.values()))
+        bs = shamir.split(self.secrets.b, t, list(points.values()))
+        return {
+            peer: Sent(seeds[x], bs[x], keys.salt_for(self._silo, peer))
+            for peer, x in points.items()
+            if peer != self._silo
+        }
 
     def _receive(self, peer: str, inbox: Mapping[str, Ciphertexts]) -> bytes:
         """Open and check what `peer` sent to this silo; keep the shares, return the salt."""
-        entry = self._bundles[peer].body.between(peer, self._silo, self._places)
-        sealed_share, sealed_salt = inbox.get(peer, (b"", b""))
-        if (hashlib.sha256(sealed_share).digest(), hashlib.sha256(sealed_salt).digest()) != (
-            entry.ct_share,
-            entry.ct_salt,
-        ):
-            raise ProtocolError("inbox", f"the server altered or withheld what {peer} sent to this silo")
-        try:
-            shares = self.secrets.share_seal.open(sealed_share, *share_info(self._transcript, peer, self._silo))
-            salt = self.secrets.keys.salt_seal.open(sealed_salt, *salt_info(self._transcript, peer, self._silo))
-        except ProtocolError as error:
-            raise ProtocolError("bundle", f"what {peer} sealed to this silo does not open", silo=peer) from error
-        seed_share, b_share = shares[:SHARE], shares[SHARE:]
-        commitments = (
-            share_commitment(self._transcript, peer, self._silo, "seed", seed_share),
-            share_commitment(self._transcript, peer, self._silo, "b", b_share),
-        )
-        if len(salt) != 32 or len(shares) != 2 * SHARE or commitments != (entry.share_seed, entry.share_b):
-            raise ProtocolError("bundle", f"the shares of {peer} are not those it committed to", silo=peer)
-        self._held[peer] = (seed_share, b_share)
-        return salt
+        bundle = self._bundles[peer].body.between(peer, self._silo, self._places)
+        way = Way(self._transcript, peer, self._silo)
+        self._held[peer] = sharing.open_from(self.secrets, way, bundle, inbox.get(peer, (b"", b"")))
+        return self._held[peer].salt
 
     def _release(self, peer: str) -> PeerShare:
         """Of b if the peer survived, of seed if it dropped out; never both."""
-        seed_share, b_share = self._held[peer]
         if peer in self._uploads:
-            return PeerShare(peer=peer, kind="b", share=b_share)
-        return PeerShare(peer=peer, kind="seed", share=seed_share)
+            return PeerShare(peer=peer, kind="b", share=self._held[peer].b)
+        return PeerShare(peer=peer, kind="seed", share=self._held[peer].seed)

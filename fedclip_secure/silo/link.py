@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,8 @@ class Link:
                     raise ProtocolError("length", f"{name} has {file.stat().st_size} bytes, the plan's vector {length}")
                 return np.asarray(np.memmap(file, dtype=WORD, mode="r"), dtype=np.uint32)
         except TransportError as error:
+            if error.status == HTTPStatus.NOT_FOUND:  # t others were faster, and it was removed
+                raise LeftOutError(f"{name} is not there any more") from error
             raise _left(error) from error
 
     @asynccontextmanager
@@ -181,8 +184,7 @@ async def present(link: Link, after: int) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])  # and not `await task`: its cancellation could not be told from this task's own
 
 
 def _left(error: TransportError) -> Exception:

@@ -136,8 +136,11 @@ def test_file_that_init_writes_is_a_plan(tmp_path: Path) -> None:
         ("secure_aggregation.public_weights", None, "`public_weights` and `weights: public` go together"),
         ("secure_aggregation.public_weights", {"a": 101}, r"public_weights.a must lie in 1..max_weight \(100\)"),
         ("secure_aggregation.public_weights", {"a": 0}, "public_weights.a must lie in 1..max_weight"),
-        ("secure_aggregation.verify_sum", "auto", "not available in this version; write `never`"),
-        ("secure_aggregation.verify_sum", "always", "not available in this version; write `never`"),
+        (
+            "secure_aggregation.verify_sum",
+            "sometimes",
+            "secure_aggregation.verify_sum: input should be 'auto', 'always' or",
+        ),
         ("privacy", {"epsilon": 8.0}, "privacy: differential privacy is not available in this version; remove"),
         ("privacy", {}, "privacy: differential privacy is not available"),
         ("deadlines.join", "10 m", "deadlines.join: must be a duration such as 30s"),
@@ -219,6 +222,7 @@ OTHER = {
     "training.optimizer.name": "sgd",
     "training.optimizer.betas": [0.9, 0.97],
     "secure_aggregation.threshold": "honest_but_curious",
+    "secure_aggregation.verify_sum": "always",
     "splits.train": 0.7,
     "splits.validation": 0.1,
     "splits.test": 0.1,
@@ -228,7 +232,7 @@ TIED = {
     "splits.validation": {"splits.test": 0.3},
     "splits.test": {"splits.train": 0.7},
 }
-FIXED = {"secure_aggregation.verify_sum", "privacy", "secure_aggregation.weights"}  # one value, or tied to a second key
+FIXED = {"privacy", "secure_aggregation.weights"}  # one value, or tied to a second key
 
 
 def _other(key: str, value: Any) -> Any:

@@ -49,7 +49,7 @@ def test_every_command_that_a_page_names_exists_with_its_options(page: Path) -> 
 
 def test_the_check_of_commands_finds_wrong_ones() -> None:
     assert fault_of(["fedclip-agg", "revoke", "st-marys"]) == "fedclip-agg has no command revoke"
-    assert "No such option" in str(fault_of(["fedclip-silo", "train", "--abandon-round", "3"]))
+    assert "No such option" in str(fault_of(["fedclip-silo", "train", "--give-away", "3"]))
     assert len(commands(TUTORIAL)) > 25
 
 

@@ -240,11 +240,6 @@ def wrong_adapters(run: Run, case: Case) -> list[str]:
     return [] if found == {last} else [f"the silos ended with {found}, the run with {last}"]
 
 
-def run_all(folder: Path, cases: Iterable[Case], *, workers: int) -> list[Outcome]:
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(functools.partial(run_case, folder), cases))
-
-
 def kill_everywhere(
     folder: Path, case: Case, *, choose: Callable[[list[str]], Iterable[str]] = list, workers: int = 2
 ) -> None:
@@ -252,11 +247,13 @@ def kill_everywhere(
 
     Prints the table, and leaves it as `kills.txt`.
     """
-    undisturbed = run_all(folder, [dataclasses.replace(case, late=False)] * 2, workers=2)
-    sure = set(undisturbed[0].points) & set(undisturbed[1].points)  # not so what a slow silo is left out of
-    points = list(dict.fromkeys(undisturbed[0].points + undisturbed[1].points))
-    cases = [dataclasses.replace(case, points=(*case.points, point)) for point in choose(points)]
-    outcomes = [*undisturbed, *run_all(folder, cases, workers=workers)]
+    run_it = functools.partial(run_case, folder)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        undisturbed = list(pool.map(run_it, [dataclasses.replace(case, late=False)] * 2))
+        sure = set(undisturbed[0].points) & set(undisturbed[1].points)  # not so what a slow silo is left out of
+        points = list(dict.fromkeys(undisturbed[0].points + undisturbed[1].points))
+        cases = [dataclasses.replace(case, points=(*case.points, point)) for point in choose(points)]
+        outcomes = [*undisturbed, *pool.map(run_it, cases)]
     table = "\n".join(outcome.line() for outcome in outcomes)
     (folder / "kills.txt").write_text(f"{table}\n")
     print(f"\n{table}\n{len(cases)} points, {sum(outcome.seconds for outcome in outcomes) / workers:.0f} s")
@@ -265,11 +262,11 @@ def kill_everywhere(
 
 
 def one_of_each_kind(points: list[str]) -> Iterator[str]:
-    """Kinds differ in function and operation; commits, by which all is decided, also in stage and moment."""
+    """Kinds differ in function and operation; commits, by which all is decided, also in stage."""
     kinds = defaultdict[str, list[str]](list)
     for point in points:
-        kind = re.sub(r" (lab-.|trains)(?=[ :])| \(\d+\)", "", point)
-        kinds[kind if "COMMIT" in kind else re.sub(r" [A-Z]+(?=:)|: (before|after)$", "", kind)].append(point)
+        kind = re.sub(r" (lab-.|trains)(?=[ :])| \(\d+\): .*", "", point)
+        kinds[kind if "COMMIT" in kind else re.sub(r" [A-Z]+(?=:)", "", kind)].append(point)
     for number, alike in enumerate(kinds.values()):
         yield alike[number % len(alike)]
 
@@ -284,7 +281,7 @@ def test_killed_at_a_write_of_each_kind_a_process_goes_on_and_the_run_finishes(t
 
 
 def test_killed_at_a_commit_and_back_after_the_deadlines_a_silo_goes_on_and_the_run_finishes(tmp_path: Path) -> None:
-    kill_everywhere(tmp_path, Case(3, SILO, late=True), choose=commits_of_the_first_round, workers=6)
+    kill_everywhere(tmp_path, Case(3, SILO, late=True), choose=commits_of_the_first_round, workers=4)
 
 
 def test_each_process_can_be_a_program_of_its_own(tmp_path: Path) -> None:
@@ -333,4 +330,4 @@ def test_killed_again_at_any_durable_write_after_its_restart_a_process_goes_on(t
 @pytest.mark.long
 @pytest.mark.parametrize("silos", [3, 4])  # without it the others go on, or cannot
 def test_a_silo_killed_at_any_durable_write_may_come_back_after_the_deadlines(tmp_path: Path, silos: int) -> None:
-    kill_everywhere(tmp_path, Case(silos, SILO, late=True), workers=6)
+    kill_everywhere(tmp_path, Case(silos, SILO, late=True), workers=4)

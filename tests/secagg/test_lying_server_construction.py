@@ -218,7 +218,7 @@ def test_shares_lie_at_the_points_of_the_pinned_roster_whoever_is_absent() -> No
     holders = ["silo-002", "silo-003", "silo-004", "silo-005", "silo-006"]
     for name in holders:
         attempt.sessions[name].upload(attempt.wires("bundles"), attempt.server.inbox(name))
-    shares = [attempt.sessions[name]._held[PEER][1] for name in holders]
+    shares = [attempt.sessions[name]._held[PEER].b for name in holders]
     b = attempt.sessions[PEER].secrets.b
     assert shamir.combine(dict(zip([3, 4, 5, 6, 7], shares, strict=True))) == b
     for relabelled in ([2, 3, 4, 5, 6], [1, 2, 3, 4, 5], [4, 3, 5, 6, 7]):

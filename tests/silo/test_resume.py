@@ -111,6 +111,26 @@ def _worked_once(party: Silo) -> None:
 # The same attempt
 
 
+def test_everything_is_in_the_journal_before_it_leaves(hub: Hub, parties: dict[str, Silo]) -> None:
+    victim, model, checked = parties[VICTIM], hub.model.digest, list[str]()
+
+    async def is_noted(attempt: int, stage: str) -> None:
+        if attempt != 1 or stage == "sum":
+            return
+        saved, drawn = victim.journal.attempt(hub.federation.terms.roster.digest), victim.journal.models()[0]
+        assert saved is not None
+        number = Stage(MESSAGES.index(stage) + 1)
+        if stage != "uploads":  # its body is too large for the journal, which has how it is sealed
+            assert saved.steps[number].sent == victim.link.sent[-1][2]
+        assert (drawn.model, drawn.stage) == (model, number)
+        assert drawn.agreed == (tuple(parties) if number >= Stage.AGREED else ())
+        checked.append(stage)
+
+    victim.link.before = is_noted
+    run_all(parties.values())
+    assert checked == list(MESSAGES)
+
+
 @pytest.mark.parametrize(("stage", "when"), KILLS)
 def test_silo_killed_around_any_message_resends_the_very_same_bytes_and_the_run_ends_as_if_undisturbed(
     hub: Hub, parties: dict[str, Silo], undisturbed: list[tuple[bytes, bytes]], stage: str, when: str

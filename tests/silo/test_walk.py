@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase as Generation
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclip_secure import canonical
@@ -21,8 +22,10 @@ from fedclip_secure.errors import FedClipError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.messages import Upload, by_sender, survivors_hash
+from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import Stage
 from fedclip_secure.silo.journal import Drawn, Journal, Step
+from fedclip_secure.silo.link import LeftOutError
 from fedclip_secure.transport.messages import WireList, parse
 from tests.fakes import Federation
 from tests.silo.careless import CarelessSession
@@ -53,7 +56,7 @@ class Fate:
 class Turn:
     """What the server does in one attempt."""
 
-    absent: str | None  # this silo is not waited for
+    absent: tuple[str, str]  # this silo (or none) leaves at this stage, and is not waited for
     ends: tuple[str, int] | None  # after so many messages of this stage
     careless: bool  # about names that silos agreed to
     shown_less: frozenset[str]  # silos that are shown a list of survivors that lacks one
@@ -82,12 +85,12 @@ class RestlessHub(Hub):
     @property
     def turn(self) -> Turn:
         over = self.attempt > len(self.turns)
-        return Turn(None, None, False, frozenset()) if over else self.turns[self.attempt - 1]
+        return Turn(("", ""), None, False, frozenset()) if over else self.turns[self.attempt - 1]
 
     def open(self, round_number: int) -> None:
         self.attempt += 1
         self.session_type = CarelessSession if self.turn.careless else AggregatorSession
-        self.gone = {self.turn.absent} - {None}  # type: ignore[assignment]
+        self.gone = {self.turn.absent[0]}
         self.model_of[self.attempt] = self.model.digest
         self.attempt -= 1
         super().open(round_number)
@@ -102,13 +105,15 @@ class RestlessHub(Hub):
         if session.phase is Phase.RESULT and self.total is not None:
             self.record.sums[attempt] = self.model_of[attempt], tuple(session.uploads), self.total
 
-    def give_up(self) -> None:
-        """Nobody has anything left to do: on to the next attempt, or round."""
+    def give_up(self) -> bool:
+        """Nobody has anything left to do: on to the next attempt, or round; whether there is one."""
+        before = self.attempt
         if self.session.phase < Phase.RESULT:
             self.open(self.round)
         else:
             self.gone = set(SILOS)
             self.advance()
+        return self.attempt > before
 
 
 class ChangingTrainer(FixedTrainer):
@@ -194,12 +199,20 @@ class MortalSilo(Silo):
         self._moments += 1
         if self._fates and self._moments > self._fates[0].after and kind == self._fates[0].kind:
             self.hub.record.seen[kind] += 1
-            if kind == "unwritten" and self.person.signed[-1:] and self.person.signed[-1].startswith(AGREE):
-                self.person.signed.pop()  # nobody will ever see this signature
+            if kind == "unwritten" and self._agree_unseen():
+                self.person.signed.pop()  # it dies with the process
             raise KilledError(kind)
+
+    def _agree_unseen(self) -> bool:
+        """Whether the last that was signed is an `Agree` that has not left."""
+        last = self.person.signed[-1] if self.person.signed else b""
+        message = last.removeprefix(AGREE)
+        return last != message and not any(message in body for _, _, body in self.link.sent)
 
     async def _before(self, attempt: int, stage: str) -> None:
         model, record = self.hub.model_of[attempt], self.hub.record
+        if attempt == self.hub.attempt and self.hub.turn.absent == (self.name, stage):
+            raise LeftOutError(stage)
         if stage == "key-ads":
             if (self.name, model) in record.lost:
                 record.relapses.append(self.name)
@@ -262,8 +275,8 @@ async def _walk(hub: RestlessHub, parties: list[MortalSilo]) -> None:
             for task in tasks:
                 if task.done():
                     task.result()
-            if before == (hub.attempt, len(hub.kept)):
-                hub.give_up()
+            if before == (hub.attempt, len(hub.kept)) and not hub.give_up():
+                break
     finally:
         while not all(task.done() for task in tasks):
             for task in tasks:
@@ -291,7 +304,7 @@ FATES = st.builds(
 )
 TURNS = st.builds(
     Turn,
-    absent=st.none() | st.sampled_from(SILOS),
+    absent=st.tuples(st.sampled_from(["", *SILOS]), st.sampled_from(STAGES[:3])),
     # Often when some have agreed, and others have not: what follows must then be over the same names.
     ends=st.none() | st.tuples(st.sampled_from([*STAGES, *["agrees"] * 4]), st.integers(1, 4)),
     careless=st.sampled_from([True, True, False]),
@@ -302,7 +315,8 @@ TURNS = st.builds(
 def test_no_silo_ever_signs_two_lists_of_names_or_sends_two_vectors_over_one_model() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    # A walk that fails is shown as it is: to shrink it takes minutes.
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None, phases=[Generation.generate])
     @given(
         turns=st.lists(TURNS, min_size=1, max_size=5), fates=st.tuples(*(st.lists(FATES, max_size=3) for _ in SILOS))
     )
@@ -330,5 +344,5 @@ def test_no_silo_ever_signs_two_lists_of_names_or_sends_two_vectors_over_one_mod
 
     walk()
     print(seen)
-    rare = [kind for kind in (*KINDS, "agreed", "held to its names", "finished", "recovered") if seen[kind] < 5]
+    rare = [kind for kind in (*KINDS, "agreed", "held to its names", "finished", "recovered") if seen[kind] < 3]
     assert rare == [], f"the walks did not go where they should: {seen}"
