@@ -213,10 +213,10 @@ class Rounds:
             return present <= set(session.ads) and len(session.joinable()) >= floor
 
         if not await self.wait(complete, self._seconds[Phase.JOIN]) and len(session.joinable()) < floor:
-            together = "" if len(session.joinable()) == len(session.ads) else ", who cannot all go on together"
-            self._say(
-                f"{self._name(live)}: {len(session.ads)} joined{together}, {floor} are needed; waiting{self._stuck(live)}"
-            )
+            joined = f"{len(session.ads)} joined"
+            if len(session.joinable()) < len(session.ads):
+                joined += ", who cannot all go on together"
+            self._say(f"{self._name(live)}: {joined}, {floor} are needed; waiting{self._stuck(live)}")
             self._pardoned = True  # an accuser whose accused is gone is needed after all
             self.notify()
             seconds = self._seconds[Phase.JOIN] if any(ad.body.agreed for ad in session.ads.values()) else None
