@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from fedclip_secure import canonical
-from fedclip_secure.errors import DataError, ProtocolError
+from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.messages import Complaint, sign_message
 from fedclip_secure.secagg.outcome import Outcome
@@ -102,7 +102,7 @@ class Stages:
             sent = canonical.encode([masked.header, sealed.head, sealed.key])
         header, head, key = canonical.decode(sent)
         if header != masked.header:  # sealing another vector under this key would repeat its nonces
-            raise DataError("the vector in the silo's journal is not the one that was sent; run `fedclip-silo recover`")
+            raise LeftOutError("the vector in this silo's journal is not the one that it sent")
         self._masked = masked, SealedBody(head, key)
         return sent
 

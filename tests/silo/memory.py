@@ -188,7 +188,7 @@ def _told_apart() -> Iterator[None]:
     try:
         yield
     except ProtocolError as error:
-        if error.code in ("late", "early", "left-out"):
+        if error.code in ("late", "left-out"):
             raise LeftOutError(str(error)) from error
         raise
 
@@ -435,10 +435,8 @@ def leave_at(parties: Iterable[Silo], victim: Silo, kill: Kill) -> None:
         async with asyncio.timeout(60):
             tasks = [asyncio.create_task(party.runner().run()) for party in parties if party is not victim]
             await run_until_killed(victim, *kill)
-            while not all(task.done() for task in tasks):  # one that ends its signs of life may miss it
-                for task in tasks:
-                    task.cancel()
-                await asyncio.sleep(_TICK)
+            for task in tasks:
+                task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(main())

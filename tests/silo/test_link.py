@@ -130,7 +130,14 @@ def test_long_poll_is_repeated_until_there_is_an_answer(tmp_path: Path) -> None:
     assert server.asked == [("GET", "/v1/attempts/7/agrees")] * 3 + [("GET", "/v1/attempts/7/sum")] * 2
 
 
-@pytest.mark.parametrize("code", ["late", "left-out", "ended", "early"])
+def test_stage_that_is_not_open_yet_though_this_silo_has_seen_it_closed_means_a_restored_server() -> None:
+    link, _ = _link(*[_refusal("early")] * 2)
+    for call in (link.send(1, "bundles", b"x"), link.receive(1, "key-ads")):
+        with pytest.raises(TrustError, match="restored from an older backup"):
+            asyncio.run(call)
+
+
+@pytest.mark.parametrize("code", ["late", "left-out", "ended"])
 def test_refusal_of_a_passed_stage_means_left_out_whatever_was_sent(code: str) -> None:
     link, _ = _link(*[_refusal(code)] * 4)
     with pytest.raises(LeftOutError):

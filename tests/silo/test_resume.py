@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_secure.errors import ConfigError, ProtocolError
+from fedclip_secure.errors import ConfigError, ProtocolError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.messages import Agree, KeyAd, Result, open_message, sign_message
 from fedclip_secure.secagg.ring import FixedPoint
 from fedclip_secure.secagg.silo_session import Stage
 from fedclip_secure.silo.link import LeftOutError
+from fedclip_secure.transport.messages import OpeningAnswer
 from tests.fakes import Federation
 from tests.silo.careless import CarelessSession
 from tests.silo.memory import (
@@ -586,7 +587,7 @@ def test_attempt_under_a_plan_that_was_replaced_is_not_gone_on_with(
     assert again.journal.attempt(other.federation.terms.roster.digest) is None
 
 
-def test_counts_of_a_closing_round_keep_no_later_run_from_training_on_that_model(
+def test_later_run_trains_on_the_model_of_a_closing_round_and_sends_no_counts_over_it_a_second_time(
     hub: Hub, parties: dict[str, Silo], tmp_path: Path
 ) -> None:
     run_all(parties.values())
@@ -596,19 +597,33 @@ def test_counts_of_a_closing_round_keep_no_later_run_from_training_on_that_model
         party.journal.close()
     federation = _federation()
     federation.model = last
-    federation.terms = replace(federation.terms, initial_model=last.digest, counted_from=2)
+    federation.terms = replace(federation.terms, initial_model=last.digest)
     other = Hub(federation)
     again = _parties(other, tmp_path)
     run_all(again.values())
     assert other.finished
     for party in again.values():
         assert party.trainer.trained[0] == last.digest
+        assert last.digest not in party.trainer.validated
         assert not any(party.link.idle)
 
 
-def test_stage_of_a_model_is_done_after_its_round(hub: Hub, parties: dict[str, Silo]) -> None:
+def test_when_the_run_is_finished_only_what_was_signed_over_is_remembered(hub: Hub, parties: dict[str, Silo]) -> None:
     run_all(parties.values())
-    assert [drawn.stage for drawn in parties[VICTIM].journal.models()] == [Stage.DONE] * ROUNDS
+    for party in parties.values():
+        assert [drawn.stage for drawn in party.journal.models()] == [Stage.DONE] * ROUNDS
+        assert party.journal.attempt(hub.federation.terms.roster.digest) is None
+        assert list((party.workdir / "vectors").iterdir()) == []
+
+
+def test_silo_of_a_halted_run_keeps_no_secrets(hub: Hub, parties: dict[str, Silo]) -> None:
+    victim = parties[VICTIM]
+    leave_at(parties.values(), victim, (Hold(1, "bundles"), "after"))
+    victim.journal = victim.open_journal()
+    hub.answer = OpeningAnswer(state="halted", reason="so")
+    with pytest.raises(TrustError, match="the aggregator halted the run: so"):
+        _abandon(victim, 1)
+    assert victim.journal.attempt(hub.federation.terms.roster.digest) is None
 
 
 def test_fault_of_the_server_is_met_again_after_a_restart_and_nothing_more_leaves(

@@ -285,3 +285,13 @@ def test_weight_is_the_records_up_to_the_plans_most(hub: Hub, tmp_path: Path) ->
     terms = hub.federation.terms
     assert hub.sum_of is not None
     assert read_total(hub.sum_of, terms.vector, terms.grid, 4).weight == 1000 + 3 * 10
+
+
+def test_weight_is_the_plans_where_it_lists_them(hub: Hub, tmp_path: Path) -> None:
+    weights = dict(zip(hub.federation.silos, (1, 20, 300, 1000), strict=True))
+    hub.federation.terms = replace(hub.federation.terms, public_weights=weights)
+    hub.open(1)
+    run_all(silos(hub, tmp_path).values())
+    terms = hub.federation.terms
+    assert hub.sum_of is not None
+    assert read_total(hub.sum_of, terms.vector, terms.grid, 4).weight == 1321

@@ -278,10 +278,8 @@ async def _walk(hub: RestlessHub, parties: list[MortalSilo]) -> None:
             if before == (hub.attempt, len(hub.kept)) and not hub.give_up():
                 break
     finally:
-        while not all(task.done() for task in tasks):
-            for task in tasks:
-                task.cancel()
-            await asyncio.sleep(0.002)
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
