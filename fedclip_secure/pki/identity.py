@@ -15,7 +15,7 @@ from fedclip_secure.errors import TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.certificates import read_certificate, silo_name, write_certificate
 from fedclip_secure.pki.epoch import Epoch
-from fedclip_secure.pki.keys import SigningKey, spki_sha256
+from fedclip_secure.pki.keys import SigningKey, make_private_folder, spki_sha256
 
 KEY = "key.pem"
 CERTIFICATE = "certificate.pem"
@@ -114,6 +114,7 @@ def create_key(folder: Path) -> SigningKey:
     path = folder / KEY
     if path.exists():
         return SigningKey.load(path)
+    make_private_folder(folder)
     Epoch().save(folder / EPOCH)  # first: a key whose epoch file is missing has lost it
     return SigningKey.create(path)
 

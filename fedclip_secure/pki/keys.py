@@ -86,12 +86,21 @@ def write_private_key(path: Path, key: PrivateKey) -> None:
     Raises:
         DataError: the disk refuses.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise DataError(f"{path.parent}: cannot be made ({error.strerror}); choose another folder") from error
+    make_private_folder(path.parent)
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_atomically(path, pem, mode=0o600)
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder, 0700, where it is missing.
+
+    Raises:
+        DataError: the disk refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
 
 
 def read_private_key(path: Path) -> PrivateKey:

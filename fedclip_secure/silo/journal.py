@@ -173,7 +173,7 @@ class Journal:
         """
         vector = self.vector(drawn)
         if vector is None:
-            raise DataError(f"{self._vectors}: the vector of round {drawn.round} is lost; run `fedclip-silo train` anew")
+            raise DataError(f"{self._vectors}: the vector of round {drawn.round} is lost; run `fedclip-silo train`")
         return vector
 
     # Attempts

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedclip_secure.errors import ConfigError, FedClipError, ProtocolError, TransportError, TrustError
-from fedclip_secure.pki.identity import AUTHORITY, CERTIFICATE, ENROLMENT, KEY, Identity
+from fedclip_secure.pki.identity import AUTHORITY, CERTIFICATE, ENROLMENT, EPOCH, KEY, Identity
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.transport.client import Client
 from fedclip_secure.transport.enrolment import AUTHORITY_PATH, ENROL_PATH, enroll
@@ -81,7 +81,13 @@ def test_invited_silo_gets_an_identity_that_lasts(coordinator: Coordinator, tmp_
     assert Identity.load(tmp_path / "silo").certificate == identity.certificate
     assert (identity.name, identity.enrolment.federation) == ("st-marys", "lung-xray")
     assert identity.server.startswith("https://127.0.0.1:")
-    assert sorted(path.name for path in (tmp_path / "silo").iterdir()) == [AUTHORITY, CERTIFICATE, ENROLMENT, KEY]
+    assert sorted(path.name for path in (tmp_path / "silo").iterdir()) == [
+        AUTHORITY,
+        CERTIFICATE,
+        ENROLMENT,
+        EPOCH,
+        KEY,
+    ]
 
 
 def test_enrolled_silo_is_known_at_once(coordinator: Coordinator, tmp_path: Path) -> None:
