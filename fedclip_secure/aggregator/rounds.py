@@ -10,13 +10,13 @@ import asyncio
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable
 
 from fedclip_secure.aggregator.attempt import LiveAttempt
 from fedclip_secure.aggregator.complaints import excluded
+from fedclip_secure.aggregator.notes import REASON, Notes, listed, name_of, waits_for
 from fedclip_secure.aggregator.presence import Presence
-from fedclip_secure.aggregator.store import Event, RoundRow, Store
+from fedclip_secure.aggregator.store import RoundRow, Store
 from fedclip_secure.config.plan import Deadlines
 from fedclip_secure.errors import DataError, ProtocolError
 from fedclip_secure.model.state import AdapterState
@@ -29,14 +29,11 @@ from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import OpeningAnswer
 
-_LISTED = 10  # names in one sentence
 _RESTORED = (
     "which the coordinator's state does not know: it was restored from an older backup. Restore the newest "
     "state folder, or start a new run"
 )
-_REFUSALS = 20  # noted of one silo in one attempt: it could fill the disk with them
 _QUICK, _LONGEST_PAUSE = 5, 60.0  # attempts at one round without a pause between; seconds
-_REASON = 500  # characters of a refusal that are noted
 
 
 class AttemptEndedError(Exception):
@@ -68,7 +65,7 @@ class Rounds:
         self._stopping = False
         self._pardoned = False  # whether complaints keep nobody out of the present attempt: the rest are too few
         self._broken: str | None = None  # why the present attempt cannot go on
-        self._refused: Counter[str] = Counter()  # messages in the present attempt, by silo
+        self._notes = Notes(store, terms)
 
     @property
     def finished(self) -> bool:
@@ -136,7 +133,7 @@ class Rounds:
         last = self.store.last_attempt()
         halted = self.store.halted()
         reason = halted[0] if halted else last.ended if last is not None and last.number == number else None
-        why = f": {reason[:_REASON]}" if reason and reason != "done" else ""
+        why = f": {reason[:REASON]}" if reason and reason != "done" else ""
         raise ProtocolError("ended", f"attempt {number} is over{why}")
 
     def left_out(self) -> set[str]:
@@ -180,17 +177,12 @@ class Rounds:
         """What the run is waiting for, for a silo that has nothing to do."""
         if self.live is None:
             return "the next attempt is being opened"
-        session = self.live.session
-        missing = _listed(sorted(session.missing())) or "the silos that are expected"
-        return f"{self._name(self.live)} is at stage {session.phase.name.lower()} and waits for {missing}"
+        return waits_for(self.live, self.terms)
 
     def note_refusal(self, silo: str, error: ProtocolError) -> None:
         """Remember that a message was refused, and why."""
-        if self.live is None or error.code == "late" or self._refused[silo] >= _REFUSALS:
-            return
-        self._refused[silo] += 1
-        last = "; further ones are not noted" if self._refused[silo] == _REFUSALS else ""
-        self._note(self.live, "refused", silo, f"refused ({error.code}): {str(error)[:_REASON]}{last}")
+        if self.live is not None:
+            self._notes.refusal(self.live, silo, error)
 
     async def _drive(self, live: LiveAttempt) -> None:
         if live.session.phase is Phase.JOIN:
@@ -206,7 +198,7 @@ class Rounds:
         session, floor = live.session, self.terms.floor
         out = self.left_out()
         if out:
-            self._say(f"{self._name(live)}: complaints keep out {_listed(sorted(out))}")
+            self._say(f"{self._name(live)}: complaints keep out {listed(sorted(out))}")
 
         def complete() -> bool:
             present = self.presence.present() & set(self.terms.roster.silos) - out
@@ -216,7 +208,8 @@ class Rounds:
             joined = f"{len(session.ads)} joined"
             if len(session.joinable()) < len(session.ads):
                 joined += ", who cannot all go on together"
-            self._say(f"{self._name(live)}: {joined}, {floor} are needed; waiting{self._stuck(live)}")
+            why = self._notes.stuck(live, self.presence.idle)
+            self._say(f"{self._name(live)}: {joined}, {floor} are needed; waiting{why}")
             self._pardoned = True  # an accuser whose accused is gone is needed after all
             self.notify()
             seconds = self._seconds[Phase.JOIN] if any(ad.body.agreed for ad in session.ads.values()) else None
@@ -225,26 +218,6 @@ class Rounds:
                 raise AttemptEndedError("too few can go on together; opened anew for those who gave the round up")
         self._close(live)
 
-    def _stuck(self, live: LiveAttempt) -> str:
-        """A note on silos that cannot join this round any more, where too few others are left."""
-        idle, ads = self.presence.idle, live.session.ads
-        reasons = []
-        if len(set(self.terms.roster.silos) - idle) < self.terms.floor:
-            reasons.append(
-                f"{_listed(sorted(idle))} cannot send an update over this model any more; with fewer than "
-                f"{self.terms.floor} silos left the run cannot go on: start a new one"
-            )
-        for names in sorted({tuple(ad.body.agreed) for ad in ads.values()} - {()}):
-            bound = sorted(name for name, ad in ads.items() if tuple(ad.body.agreed) == names)
-            reasons.append(
-                f"{_listed(bound)} agreed to the sum over {_listed(list(names))} and go on with exactly these; "
-                f"missing: {_listed(sorted(set(names) - set(ads))) or 'none'}. If one is gone for good, each that "
-                f"agreed may give the round up: fedclip-silo train --abandon-round {live.row.round}"
-            )
-        for reason in reasons:
-            self._note(live, "blocked", None, reason)
-        return "".join(f". {reason}" for reason in reasons)
-
     async def _collect(self, live: LiveAttempt) -> None:
         """Until all expected have answered, or until the deadline; then the floor decides."""
         session, phase = live.session, live.session.phase
@@ -252,7 +225,7 @@ class Rounds:
         self._note_conflicts(live)
         if self._broken is not None:
             raise AttemptEndedError(self._broken)
-        self._note_missing(live, self._seconds[phase])
+        self._notes.missing(live, self._seconds[phase])
         try:
             self._close(live)
         except ProtocolError as error:
@@ -265,8 +238,8 @@ class Rounds:
             one, other = secrets.choice((pair, pair[::-1]))
             self.store.add_complaint(live.row, one, other)
         if live.session.conflicts:
-            listed = _listed([f"{one} and {other}" for one, other in live.session.conflicts])
-            self._broken = f"{listed} masked with different keys: one of the two shared garbage"
+            pairs = listed([f"{one} and {other}" for one, other in live.session.conflicts])
+            self._broken = f"{pairs} masked with different keys: one of the two shared garbage"
 
     async def _unmask(self, live: LiveAttempt) -> None:
         """Shares may be out already, so this waits for t answers however long it takes."""
@@ -277,7 +250,7 @@ class Rounds:
             if self._given_up(live):
                 raise AttemptEndedError("the coordinator gave it up while shares were coming in")
             if not complete and not told:
-                self._note_missing(live, seconds)
+                self._notes.missing(live, seconds)
                 told.add("")
             if len(session.unmasks) < self.terms.threshold:
                 continue
@@ -289,7 +262,7 @@ class Rounds:
                     self._halt(live, str(error), void=None)
                 if str(error) not in told:
                     told.add(str(error))
-                    self._note(live, "blocked", error.silo, str(error))
+                    self._notes.event(live, "blocked", error.silo, str(error))
                     self._say(f"{self._name(live)}: {error}; waiting for more answers")
         await self._finish_round(live, total)
 
@@ -364,7 +337,7 @@ class Rounds:
         return LiveAttempt.restore(self.terms, self.store, row)
 
     def _name(self, live: LiveAttempt) -> str:
-        return f"{self.terms.round_name(live.row.round)}, attempt {live.row.number}"
+        return name_of(live, self.terms)
 
     def _next_round(self) -> int:
         done = self.store.rounds()
@@ -390,34 +363,20 @@ class Rounds:
     def _end(self, live: LiveAttempt, reason: str) -> None:
         self.store.end_attempt(live.row.number, reason)
         if reason != "done":
-            self._note(live, "ended", None, reason)
+            self._notes.event(live, "ended", None, reason)
             self._say(f"{self._name(live)} ended: {reason}")
         self._set_live(None)
 
     def _set_live(self, live: LiveAttempt | None) -> None:
         self.live, self._broken, self._pardoned = live, None, False
-        self._refused.clear()
+        self._notes.begin()
         self.notify()
 
     def _halt(self, live: LiveAttempt, reason: str, void: bytes | None) -> None:
-        self._note(live, "halted", None, reason)
+        self._notes.event(live, "halted", None, reason)
         self.store.halt(reason, void)
         raise HaltedError(reason)
 
     def _void(self, live: LiveAttempt, reason: str) -> bytes:
         body = Void(transcript=live.session.transcript2, reason=reason)
         return sign_message(body, self.terms.federation, AGGREGATOR, self._key.sign)
-
-    def _note_missing(self, live: LiveAttempt, seconds: float) -> None:
-        for silo in sorted(live.session.missing()):
-            self._note(live, "dropped", silo, f"no answer within {seconds:.0f} s")
-
-    def _note(self, live: LiveAttempt, kind: str, silo: str | None, reason: str) -> None:
-        stage = live.session.phase.name.lower()
-        self.store.add_event(Event(time.time(), kind, live.row.round, live.row.number, silo, stage, reason))
-
-
-def _listed(names: list[str]) -> str:
-    """Names for a sentence that travels to a silo: with 255 silos not all of them."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
