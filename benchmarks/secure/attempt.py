@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.transport.messages import SharesAnswer, SharesRequest, WireList
 from secure.federation import CLIP, WEIGHT, Federation, draw
 from secure.parties import Server, Silo
@@ -32,7 +33,8 @@ class Attempt:
         folder: Path | None = None,
         dropped: int = 0,
     ) -> None:
-        terms, (opening, seal) = federation.terms, federation.open(number)
+        terms, (opening, used) = federation.terms, federation.open(number)
+        seal = SealKey(used.private)  # as it was drawn: keys that were made of it go to no other process
         keys = {name: (terms, name, federation.key(name), opening, folder) for name in terms.roster.silos}
         self.name, *others = keys
         first.make(Silo, *keys[self.name])
