@@ -1,4 +1,4 @@
-"""What a silo must remember across a crash, written down before it is done (PROTOCOL.md, "Crash and retry").
+"""What a silo must remember across a crash, written down before it is done (PROTOCOL.md, section 11).
 
 Of each model, keyed by its digest alone: the vector that was drawn for it, once; how far that has
 got; and the list of names that this silo agreed to. The rule holds in whatever run, round or

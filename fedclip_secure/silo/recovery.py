@@ -39,7 +39,6 @@ class Standing:
     matches: bool
     damaged: Path | None  # where a journal that could not be read was put aside
     last: Drawn | None
-    lost: int  # models over which this silo will never sign again
 
     def lines(self) -> list[str]:
         """As a person reads it."""
@@ -68,7 +67,7 @@ def look(workdir: Path, epoch: Path) -> Standing:
         journal = Journal(workdir, epoch, recovering=True)
     try:
         models = journal.models()
-        return Standing(journal.matches_epoch(), damaged, models[-1] if models else None, len(models))
+        return Standing(journal.matches_epoch(), damaged, models[-1] if models else None)
     finally:
         journal.close()
 

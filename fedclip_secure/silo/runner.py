@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,7 +129,7 @@ class Runner:
         try:
             old = await self._model_of(opening.ad.model)
         except TransportError as error:
-            if error.status != 404:
+            if error.status != HTTPStatus.NOT_FOUND:
                 raise
             raise LeftOutError("the server does not know this attempt's model") from error
         session = self._session(opening, self._as_it_joined(drawn, saved), saved.secrets)
