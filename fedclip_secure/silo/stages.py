@@ -65,12 +65,8 @@ class Stages:
         total = await self._sum()
         wire, outcome = await asyncio.to_thread(self._session.result, total, old)
         self._journal.step(Stage.DONE, Step(b"", wire))
-        await self.send_result(wire)
-        return outcome
-
-    async def send_result(self, wire: bytes) -> None:
-        """Stage 5, once it is journalled."""
         await self._link.send_if_in_time(self._number, "results", wire)
+        return outcome
 
     async def _go(self, stage: Stage, receive: Receive, make: Make, send: Send) -> None:
         step = self._saved.get(stage)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import shutil
 import socket
 import sqlite3
 import time
@@ -435,6 +436,20 @@ def vanishing(stage: str, attempt: int = 1) -> Before:
             raise VanishedError
 
     return before
+
+
+async def set_back(site: Site, silos: Silos, first: Gate, second: Gate) -> None:
+    """Four silos go from `first` to `second`; then the server's state is restored as it was at `first`."""
+    backup = site.state.with_name("backup")
+    async with site.serving():
+        silos.start(*NAMES[:4], before=each(first, second))
+        await until(lambda: first.held == 4)
+    shutil.copytree(site.state, backup)
+    async with site.serving():
+        first.opened.set()
+        await until(lambda: second.held == 4)
+    shutil.rmtree(site.state)
+    backup.rename(site.state)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10) -> None:

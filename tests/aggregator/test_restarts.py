@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from fedclip_secure.errors import TrustError
 from fedclip_secure.silo.link import Link
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, others, sharing
-from tests.aggregator.site import NAMES, Gate, Hand, Silos, Site, each, hands_of, move, silos_of, until
+from tests.aggregator.site import NAMES, Gate, Hand, Silos, Site, hands_of, move, set_back, silos_of, until
 from tests.aggregator.test_lying_silos import at_odds, garbage_for, wrong_salt_for
 from tests.secagg.lies import Lie
 
@@ -60,19 +59,11 @@ def test_whoever_is_out_stays_out_of_the_round_when_the_server_is_restarted(tmp_
 def test_silos_that_know_a_later_attempt_than_a_restored_server_end_and_say_so(
     tmp_path: Path, stage: str, restarted: bool
 ) -> None:
-    site, backup = Site.frozen(tmp_path, training={"rounds": 3}), tmp_path / "backup"
+    site = Site.frozen(tmp_path, training={"rounds": 3})
     first, second = Gate("key-ads", attempt=2), Gate(stage, attempt=3)
 
     async def run(silos: Silos) -> None:
-        async with site.serving():
-            silos.start(*NAMES[:4], before=each(first, second))
-            await until(lambda: first.held == 4)
-        shutil.copytree(site.state, backup)
-        async with site.serving():
-            first.opened.set()
-            await until(lambda: second.held == 4)
-        shutil.rmtree(site.state)
-        backup.rename(site.state)
+        await set_back(site, silos, first, second)
 
     async def among() -> None:
         async with silos_of(site) as silos:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from fedclip_secure.errors import FedClipError, TrustError
 from fedclip_secure.silo.link import LeftOutError
 from fedclip_secure.silo.runner import Runner
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, others, run, sharing
-from tests.aggregator.site import NAMES, Gate, Site, each, silos_of, until, vanishing
+from tests.aggregator.site import NAMES, Gate, Site, each, set_back, silos_of, until, vanishing
 from tests.aggregator.test_bound_silos import SHORT, agreed_in_vain
 from tests.aggregator.test_lying_silos import garbage_for
 
@@ -78,21 +77,13 @@ def test_state_restored_within_an_attempt_ends_the_silos_with_a_word_on_it(
     tmp_path: Path, backup_at: str, stage: str
 ) -> None:
     deadlines = dict.fromkeys(("join", "share", "upload", "agree", "unmask"), 2)
-    site, backup = Site.frozen(tmp_path, splits=NO_COUNTS, deadlines=deadlines), tmp_path / "backup"
+    site = Site.frozen(tmp_path, splits=NO_COUNTS, deadlines=deadlines)
     first, second = Gate(backup_at, attempt=1), Gate(stage, attempt=1)
     said: list[str] = []
 
     async def among() -> None:
         async with silos_of(site) as silos:
-            async with site.serving():
-                silos.start(*NAMES[:4], before=each(first, second))
-                await until(lambda: first.held == 4)
-            shutil.copytree(site.state, backup)
-            async with site.serving():
-                first.opened.set()
-                await until(lambda: second.held == 4)
-            shutil.rmtree(site.state)
-            backup.rename(site.state)
+            await set_back(site, silos, first, second)
             async with site.serving(), asyncio.timeout(30):
                 second.opened.set()
                 for ended in await asyncio.gather(*silos.tasks.values(), return_exceptions=True):
@@ -106,20 +97,12 @@ def test_state_restored_within_an_attempt_ends_the_silos_with_a_word_on_it(
 
 
 def test_a_silo_restarted_in_an_attempt_that_a_restored_server_does_not_know_hears_so(tmp_path: Path) -> None:
-    site, backup = Site.frozen(tmp_path, training={"rounds": 3}), tmp_path / "backup"
+    site = Site.frozen(tmp_path, training={"rounds": 3})
     first, second = Gate("key-ads", attempt=2), Gate("bundles", attempt=3)
 
     async def among() -> None:
         async with silos_of(site) as silos:
-            async with site.serving():
-                silos.start(*NAMES[:4], before=each(first, second))
-                await until(lambda: first.held == 4)
-            shutil.copytree(site.state, backup)
-            async with site.serving():
-                first.opened.set()
-                await until(lambda: second.held == 4)
-            shutil.rmtree(site.state)
-            backup.rename(site.state)
+            await set_back(site, silos, first, second)
             async with site.serving():
                 await silos.stop()
                 silos.start(*NAMES[:4])
