@@ -29,7 +29,7 @@ CLASSES: Mapping[str, str] = MappingProxyType(
 FREQUENT, RARE = 120, 18  # images of a class that a lab mostly sees, and of one that it seldom sees
 
 # What all labs have in common and fedclip-tiny has never seen: one maker's line scanner, which leaves stripes.
-_STRIPES = (0.05, 8.0)
+_STRIPES = (0.22, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
