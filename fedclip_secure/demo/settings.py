@@ -8,6 +8,7 @@ from typing import Any
 
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.discriminant import GRADIENT_NORM
+from fedclip_secure.methods.registry import METHODS
 
 Optimizer = Mapping[str, Any]
 
@@ -68,8 +69,8 @@ _VISUAL = Settings(rounds=6, private=Private(steps=2))
 # Small steps, or the encoder forgets what it knew; noise on millions of parameters would bury some hundred images.
 _WHOLE = Settings(_adam(3e-4), rounds=4, private=None)
 
-SETTINGS: dict[str, Settings] = {
-    "fedclip": Settings(),
+# Of methods that train otherwise than `Settings()` says.
+_SETTINGS: dict[str, Settings] = {
     "linear_probe": _PROBE,
     "private_prototypes": _PROTOTYPES,
     "discriminant": _DISCRIMINANT,
@@ -86,9 +87,9 @@ SETTINGS: dict[str, Settings] = {
     "fedavg_full": _WHOLE,
     "fedprox_full": _WHOLE,
     "fedapt": _TEXT,
-    "feddat": Settings(),
     "feddat:blocks": Settings(rounds=4, private=Private(steps=2), name="feddat", options={"place": "blocks"}),
 }
+METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *_SETTINGS]))  # what --method takes
 
 
 def settings_of(method: str) -> Settings:
@@ -97,9 +98,9 @@ def settings_of(method: str) -> Settings:
     Raises:
         ConfigError: the demo has no such method, and lists those it has.
     """
-    if method not in SETTINGS:
-        raise ConfigError(f"--method {method}: is unknown to this version; it has {', '.join(SETTINGS)}")
-    return SETTINGS[method]
+    if method not in METHOD_NAMES:
+        raise ConfigError(f"--method {method}: is unknown to this version; it has {', '.join(METHOD_NAMES)}")
+    return _SETTINGS.get(method, Settings())
 
 
 def method_block(method: str, silos: Sequence[str]) -> dict[str, Any]:

@@ -83,8 +83,6 @@ class FedApt(Method):
     def build(self, task: Task, encoder: Encoder | None = None) -> nn.Module:
         """P ~ N(0, 0.02²), Q as torch starts a layer, and the keys; the class's phrase alone follows the prompt."""
         there = needed(encoder, "fedapt")
-        if not len(task.text_features):
-            raise ModelError("the plan's encoder reads no text, which fedapt needs; choose another `model` or method")
         tower = tunable_copy(context_tower(task, there, self.length), [])
         if tower.width > _WIDEST:
             raise ModelError(

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
 
 from fedclip_secure.data.dataset import Task
-from fedclip_secure.errors import ModelError
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.towers import VisualTower, tunable_copy
 from fedclip_secure.methods.base import Batch, Method, MethodSpec, Phase
@@ -65,8 +64,6 @@ class FedDat(Method):
 
     def build(self, task: Task, encoder: Encoder | None = None) -> nn.Module:
         """The adapters, over a tower that takes no gradients where they lie in one."""
-        if not len(task.text_features):
-            raise ModelError("the plan's encoder reads no text, which feddat needs; choose another `model` or method")
         if self.place == "features":
             return DualAdapters(task.text_features.shape[1], self.width)
         there = needed(encoder, "feddat on blocks")

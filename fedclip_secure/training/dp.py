@@ -55,7 +55,6 @@ class PrivateTrainer:
 
     Attributes:
         records: N, for this silo's own eyes.
-        releases: sums that get noise in one step of the plan.
 
     Raises:
         ConfigError, ModelError: the method cannot be trained with privacy.
@@ -94,7 +93,7 @@ class PrivateTrainer:
             check_records_apart(self._module, phase, task, features.taken.shape[1:], device)
         self._records = load_records(features, task, device)
         self._unit_of, self._units = _numbered(units)
-        self.records, self.releases = len(features), len(self._phases)
+        self.records = len(features)
 
     def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
         """One round from `received`: the update, trained minus received, (received.layout.size,) float64.

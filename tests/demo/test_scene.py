@@ -9,7 +9,7 @@ from PIL import Image
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.demo.scene import Options, check_data, check_options, set_scene, write_plan
-from fedclip_secure.demo.settings import SETTINGS
+from fedclip_secure.demo.settings import METHOD_NAMES, settings_of
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.registry import METHODS, find_method
 
@@ -74,10 +74,10 @@ def plan_of(folder: Path, **options: Any) -> FederationPlan:
 
 
 def test_the_demo_knows_every_method_and_feddat_at_both_places() -> None:
-    assert set(SETTINGS) == {*METHODS, "feddat:blocks"}
+    assert set(METHOD_NAMES) == {*METHODS, "feddat:blocks"}
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_demo_writes_a_plan_for_every_method(tmp_path: Path, method: str) -> None:
     plan = plan_of(tmp_path, method=method)
     once = find_method(plan.method).spec.one_sum
@@ -86,9 +86,9 @@ def test_the_demo_writes_a_plan_for_every_method(tmp_path: Path, method: str) ->
     assert not once or plan.training.optimizer.name == "sgd"
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_with_privacy_a_plan_holds_constants_or_the_demo_says_why_there_is_none(tmp_path: Path, method: str) -> None:
-    if SETTINGS[method].private is None:
+    if settings_of(method).private is None:
         with pytest.raises(ConfigError, match=f"--dp: every parameter gets noise, and {method} trains millions"):
             plan_of(tmp_path, method=method, dp=True)
         return
@@ -100,7 +100,7 @@ def test_with_privacy_a_plan_holds_constants_or_the_demo_says_why_there_is_none(
 
 
 def test_only_methods_that_train_the_whole_encoder_are_refused_with_privacy() -> None:
-    refused = {name for name, settings in SETTINGS.items() if settings.private is None}
+    refused = {name for name in METHOD_NAMES if settings_of(name).private is None}
     assert refused == {"fedtune:full", "fedavg_full", "fedprox_full"}
 
 

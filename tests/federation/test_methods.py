@@ -20,7 +20,7 @@ from fedclip_secure.config.silo import FolderData, Policy, SiloConfig
 from fedclip_secure.data.drawings import draw
 from fedclip_secure.data.looks import render
 from fedclip_secure.data.synthetic import LABS
-from fedclip_secure.demo.settings import SETTINGS, method_block
+from fedclip_secure.demo.settings import METHOD_NAMES, method_block, settings_of
 from fedclip_secure.files import write_atomically
 from fedclip_secure.silo.outcome import adapter_folder
 from fedclip_secure.silo.pins import Accepted
@@ -66,7 +66,7 @@ class Silos:
     @classmethod
     def with_method(cls, method: str, folder: Path, images: Path, tower: Path) -> Silos:
         """The demo's settings for `method`, on the random tower."""
-        port, settings = free_port(), SETTINGS[method]
+        port, settings = free_port(), settings_of(method)
         home = init_home(folder / "home", "lung-xray", ["127.0.0.1"], port)
         for name in ("tower.json", "tower.safetensors"):
             (home.folder / name).symlink_to(tower / name)
@@ -127,7 +127,7 @@ class Silos:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    "method", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in SETTINGS]
+    "method", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in METHOD_NAMES]
 )
 def test_every_round_of_a_method_makes_a_new_model_which_all_silos_agree_on(
     method: str, tmp_path: Path, images: Path, random_tower: Path
