@@ -31,6 +31,7 @@ GENERATORS = {
     "data/looks.py": "the demo's pictures",
     "data/synthetic.py": "the demo's pictures",
     "methods/fedapt.py": "the domains' public keys, which the plan's seed decides",
+    "export/inside.py": "the same keys, in the text of an exported program",
     "simulate/partition.py": "which simulated silo holds which record",
 }
 

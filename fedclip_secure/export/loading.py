@@ -8,16 +8,15 @@ from collections.abc import Iterable
 
 from fedclip_secure.config.lock import Contract, OpenClipEncoder, TimmEncoder
 from fedclip_secure.config.plan import OpenClipModel
-from fedclip_secure.export.examples import EXAMPLES, EXTERNAL, TEXT_FEATURES
+from fedclip_secure.export.examples import EXTERNAL, TEXT_FEATURES
+from fedclip_secure.export.inside import example_of
 
 SHIPPED = "fedclip-tiny"  # the encoder whose weights this package brings along, so that an export can too
 _BUILT = "encoder"  # under this name open_clip builds a config that is not its own: encoder.json
 
-_IMPORTS = (
-    "from safetensors.torch import load_file",
-    "from torch.nn.functional import linear, normalize",
-    "",
+_FILES = (
     'card, adapter = json.load(open("adapter.json", encoding="utf-8")), load_file("adapter.safetensors")',
+    'classes, scale = card["classes"], card["encoder"]["logit_scale"]',
 )
 _PROMPTS = 'prompts = [[t.replace("{}", phrase) for t in card["templates"]] for phrase in classes.values()]'
 
@@ -36,7 +35,7 @@ def weights_name(model: OpenClipModel) -> str:
 
 def loading(contract: Contract) -> str:
     """The card's section about it, in Markdown; says where there is no such program for the method and its encoder."""
-    lines = EXAMPLES.get(contract.plan.method.name)
+    lines = example_of(contract.plan.method)
     if lines is None or isinstance(contract.lock.encoder, TimmEncoder):
         return (
             "This method's adapter is applied by fedclip-secure, `fedclip-silo predict`; the equations stand in its "
@@ -51,35 +50,50 @@ def loading(contract: Contract) -> str:
 
 
 def _for_images(lines: tuple[str, ...], encoder: OpenClipEncoder, model: OpenClipModel) -> list[str]:
-    name, look = _name(model), encoder.preprocessing
+    name, look, applied = _name(model), encoder.preprocessing, _applied(lines)
+    reads_text = any("tokenizer(" in line for line in applied)
     return [
-        "import json, sys",
-        "import open_clip, torch",
-        "from PIL import Image, ImageOps",
-        *_IMPORTS,
-        'classes, scale = card["classes"], card["encoder"]["logit_scale"]',
+        *_imports(applied, "json", "sys", "open_clip"),
+        *_FILES,
         *([f'open_clip.add_model_config("{name}.json")'] if name == _BUILT else []),
         f"model = open_clip.create_model({_quoted(name)}, pretrained={_quoted(weights_name(model))}).eval()",
         f"transform = open_clip.image_transform({look.size}, is_train=False, mean={tuple(look.mean)}, "
         f'std={tuple(look.std)}, interpolation="{look.interpolation}", resize_mode="{look.resize_mode}")',
-        *([f"tokenizer = open_clip.get_tokenizer({_quoted(name)})", _PROMPTS] if TEXT_FEATURES in lines else []),
+        *([f"tokenizer = open_clip.get_tokenizer({_quoted(name)})"] if reads_text else []),
+        *([_PROMPTS] if TEXT_FEATURES in lines else []),
         'pictures = (ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in sys.argv[1:])',
         "images = torch.stack(list(map(transform, pictures)))",
-        *_applied(lines),
+        *applied,
         "for path, row in zip(sys.argv[1:], logits):",
         '    print(path, list(classes)[row.argmax()], f"{row.softmax(0).max():.4f}")',
     ]
 
 
 def _for_features(lines: tuple[str, ...]) -> list[str]:
+    applied = _applied(EXTERNAL.get(line, line) for line in lines)
     return [
-        "import json, sys",
-        "import torch",
-        *_IMPORTS,
-        'classes, scale = card["classes"], card["encoder"]["logit_scale"]',
-        *_applied(EXTERNAL.get(line, line) for line in lines),
+        *_imports(applied, "json", "sys"),
+        *_FILES,
+        *applied,
         "for row in logits:",
         '    print(list(classes)[row.argmax()], f"{row.softmax(0).max():.4f}")',
+    ]
+
+
+def _imports(applied: list[str], *always: str) -> list[str]:
+    """What the lines need, and what every such program does."""
+    text = "\n".join(applied)
+
+    def used(*names: str) -> str:
+        return ", ".join(name for name in names if name in always or re.search(rf"\b{name}[.(]", text))
+
+    return [
+        f"import {used('hashlib', 'json', 'sys')}",
+        f"import {used('numpy', 'open_clip', 'torch')}",
+        *(["from PIL import Image, ImageOps"] if "open_clip" in always else []),
+        "from safetensors.torch import load_file",
+        f"from torch.nn.functional import {used('linear', 'normalize', 'pad')}",
+        "",
     ]
 
 
@@ -101,8 +115,8 @@ def _what_images_need(encoder: OpenClipEncoder, model: OpenClipModel) -> str:
 
 def _what_features_need(dim: int) -> str:
     return (
-        "With `pip install torch safetensors`, run in this folder, with a safetensors file as argument whose array "
-        f"`features` (N, {dim}) holds raw features, not normalised, of the encoder that the silos used."
+        "With `pip install numpy torch safetensors`, run in this folder, with a safetensors file as argument whose "
+        f"array `features` (N, {dim}) holds raw features, not normalised, of the encoder that the silos used."
     )
 
 

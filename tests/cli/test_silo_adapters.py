@@ -26,7 +26,7 @@ __all__ = ["photos"]  # a fixture
 
 def with_method(plan: FederationPlan, name: str) -> FederationPlan:
     changes: dict[str, object] = {"method": MethodPlan(name=name)}
-    if name == "private_prototypes":
+    if name in {"private_prototypes", "discriminant"}:
         once = {"rounds": 1, "optimizer": Optimizer(name="sgd", lr=1.0)}
         changes["training"] = plan.training.model_copy(update=once)
     return plan.model_copy(update=changes)

@@ -8,8 +8,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,10 @@ from fedclip_secure.export.card import model_card
 from fedclip_secure.export.examples import EXAMPLES, EXTERNAL, IMAGE_FEATURES, TEXT_FEATURES
 from fedclip_secure.export.facts import KEPT_HOME, Facts, make_card, read_facts, write_card
 from fedclip_secure.export.folder import write_export
-from fedclip_secure.methods.registry import METHODS
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.training.evaluate import batches, predictor
+from fedclip_secure.training.local import LocalTrainer
 from fedclip_secure.training.predict import predict
 from fedclip_secure.training.prepare import prepare
 from tests.config.test_lock import LOCK, contract
@@ -47,19 +49,25 @@ FACTS = Facts("last", 50, bytes(range(32)), 90, 120)
 PERSONAL = {"of": "00" * 32, "share": 0.5, "epoch": 3, "batch_size": 32, "optimizer": {"name": "adam", "lr": 1e-3}}
 
 
-def plan_for(model: dict[str, Any], method: str = "fedclip") -> FederationPlan:
-    changes = {"model": model, "method": {"name": method}, "classes": {"round": "a | disc", "long": "a rod"},
+ONCE = {"rounds": 1, "batch_size": 1, "optimizer": {"name": "sgd", "lr": 1.0}}
+
+
+def plan_for(
+    model: dict[str, Any], method: str = "fedclip", options: Mapping[str, Any] = MappingProxyType({})
+) -> FederationPlan:
+    changes = {"model": model, "method": {"name": method, **options}, "classes": {"round": "a | disc", "long": "a rod"},
                "templates": ["a micrograph of {}", "{}"], "initial": None, "secure_aggregation": {}}  # fmt: skip
-    return check({**PLAN, **changes}, FederationPlan, "plan")
+    training = ONCE if method in {"private_prototypes", "discriminant"} else PLAN["training"]
+    return check({**PLAN, **changes, "training": training}, FederationPlan, "plan")
 
 
-def prepared(plan: FederationPlan, home: Path) -> tuple[Contract, AdapterState]:
+def prepared(plan: FederationPlan, home: Path, moved: float = 0.02) -> tuple[Contract, AdapterState]:
     """The contract, and an adapter that is not the one that it starts from."""
     made = prepare(plan, home)
     layout = Layout(tuple((entry.name, tuple(entry.shape)) for entry in made.lock.layout))
     start = AdapterState.from_safetensors(made.initial_file, layout, "initial")
-    moved = start.vector + 0.02 * np.sin(np.arange(layout.size))
-    return Contract(plan, made.lock), AdapterState(layout, moved.astype(np.float32))
+    vector = start.vector + moved * np.sin(np.arange(layout.size))
+    return Contract(plan, made.lock), AdapterState(layout, vector.astype(np.float32))
 
 
 def exported(folder: Path, agreed: Contract, state: AdapterState, text_features: Path | None = None) -> list[str]:
@@ -100,18 +108,22 @@ def test_the_shipped_encoder_travels_with_the_adapter_and_the_program_runs_as_it
     assert [float(line[2]) for line in found] == pytest.approx(wanted.probabilities.max(axis=1), abs=1e-4)
 
 
-def test_features_of_an_encoder_of_the_silos_own_are_classified_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fedclip", "discriminant", "feddat"])
+def test_features_of_an_encoder_of_the_silos_own_are_classified_too(method: str, tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     text = {"text_features": random.normal(size=(2, 8)).astype(np.float32), "logit_scale": np.array(20.0, np.float32)}
     save_file(text, tmp_path / "prompts.safetensors", {"classes": '["long", "round"]'})  # not the plan's order
-    agreed, state = prepared(plan_for({"name": "external", "dim": 8, "text_features": "prompts.safetensors"}), tmp_path)
-    names = exported(tmp_path / "out", agreed, state, tmp_path / "prompts.safetensors")
-    assert names == ["adapter.safetensors", "adapter.json", "README.md", "text_features.safetensors"]
-    features, ids = random.normal(size=(20, 8)).astype(np.float32), np.zeros((20, 32), dtype=np.uint8)
+    model = {"name": "external", "dim": 8, "text_features": "prompts.safetensors"}
+    agreed, start = prepared(plan_for(model, method), tmp_path)
+    features, ids = random.normal(size=(40, 8)).astype(np.float32), np.zeros((40, 32), dtype=np.uint8)
     save_file({"features": features}, tmp_path / "mine.safetensors")
     task = Task(("round", "long"), *read_text_features(tmp_path / "prompts.safetensors", ("round", "long"), 8))
+    records = FeatureSet(features, np.arange(40) % 2, ids, "mine")
+    update = LocalTrainer(agreed.plan, task, {"train": records, "validation": records}, CPU).train(start)
+    state = AdapterState(start.layout, (start.vector + update).astype(np.float32))
+    names = exported(tmp_path / "out", agreed, state, tmp_path / "prompts.safetensors")
+    assert names == ["adapter.safetensors", "adapter.json", "README.md", "text_features.safetensors"]
     logits = predictor(agreed.plan, task, state, CPU)
-    records = FeatureSet(features, np.zeros(20, dtype=np.int64), ids, "mine")
     with torch.no_grad():
         shares = torch.softmax(logits(next(iter(batches(records, task, CPU)))), dim=-1)
     found = ran(tmp_path / "out", tmp_path / "mine.safetensors")
@@ -220,10 +232,6 @@ def test_a_personal_card_without_its_share_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "personal.json").write_text(json.dumps(card))
     with pytest.raises(DataError, match="`fedclip-silo personalize` writes it anew"):
         read_facts(tmp_path / "personal.safetensors", state)
-
-
-def test_programs_are_of_methods_that_there_are() -> None:
-    assert set(EXAMPLES) <= set(METHODS)
 
 
 @pytest.mark.parametrize("method", sorted(EXAMPLES))
