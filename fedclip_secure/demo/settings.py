@@ -55,7 +55,7 @@ class Settings:
 # One step for each record, whose order makes no difference: the update is the sum over the records, to the last one.
 _LARGEST = 10_000.0  # records of a lab whose sums still fit the grid
 _PROTOTYPES = Settings(
-    _sgd(0.2), rounds=1, batch_size=1, coordinate_clip=20.0,
+    _sgd(0.2), rounds=1, batch_size=1, coordinate_clip=20.0, weights="equal",
     private=Private(_sgd(1.0), sample_rate=1.0, steps=1, divisor=5.0),  # five records weigh as much as a class's text
 )  # fmt: skip
 _DISCRIMINANT = Settings(
