@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests mostly wait, for sockets, processes and deadlines: one worker more than two cores. Not for the long ones, which measure.
+# Torch has one thread in each: threads of several processes that wait for each other on too few cores are slower by far.
 WORKERS ?= 3
 # The environment is made anew when pyproject.toml changes, and only then.
 STAMP := $(VENV)/.made-for-$(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(open('pyproject.toml', 'rb').read()).hexdigest()[:16])")
@@ -13,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/fedclip-agg demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check

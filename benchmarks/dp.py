@@ -122,14 +122,13 @@ class Bench:
         assert places is not None  # noqa: S101 - the adapter is linear layers
         optimizer = make_optimizer(module.parameters(), self.plan.training.optimizer)
         total = clipped_sum(module, self.phase, self.batch, self.units, 1.0)
-        summed = torch.from_numpy(total)
         found = layer_gradients(module, self.phase, places, self.batch)
         for value in module.parameters():
             value.grad = torch.ones_like(value)
         return {
             "membership": lambda: draw_members(system_coins(), len(self.units), 1.0),
             "forward and backward": lambda: layer_gradients(module, self.phase, places, self.batch),
-            "norms and float64 sums": lambda: found.add_clipped(self.units, 1e9, summed),
+            "norms and float64 sums": lambda: found.clipped(self.units, 1e9, len(total)),
             "noise and grid": lambda: mechanism.release(total, system_coins()),
             "optimiser": optimizer.step,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.errors import ModelError
 from fedclip_secure.methods.base import Batch, Phase
-from fedclip_secure.training.clipping import check_layers, clipped_sum
-from fedclip_secure.training.gradients import clip_factors, exact
+from fedclip_secure.training.clipping import check_layers, clipped_sum, shared_pass
+from fedclip_secure.training.gradients import as_double, clip_factors
+from fedclip_secure.training.linear import LayerGradients, doubled, in_double
 from fedclip_secure.training.records import select
 from fedclip_secure.training.shared import parameters_like
 
@@ -25,8 +27,9 @@ def check_records_apart(
     """Refuse a module and loss whose clipped sum over made-up records is not what autograd finds for each alone.
 
     That tells losses and layers that mix records, and parameters that are not reached through the records: a layer
-    that sees text prompts has one row for each class, which is easily taken for a record. No data are touched;
-    `shape` is that of one record's images.
+    that sees text prompts has one row for each class, which is easily taken for a record. Nowhere may a record's loss
+    depend on its neighbours, and where records share a pass each must get the very same bits with others. No data are
+    touched; `shape` is that of one record's images.
 
     Raises:
         ModelError: they differ.
@@ -34,7 +37,13 @@ def check_records_apart(
     check_layers(module)
     batch = _made_up(task, shape, device)
     rows = torch.arange(len(batch.labels))
-    alone = torch.stack([_gradient(module, phase, select(batch, row)) for row in rows[:, None].to(device)])
+    _check_losses(module, phase, batch)
+    shared = shared_pass(module, phase, batch)
+    if shared is not None:
+        _check_bits(module, phase, batch, shared)
+    with nullcontext() if shared is None else in_double(module):  # as the pass computes
+        given = batch if shared is None else doubled(batch)
+        alone = torch.stack([_gradient(module, phase, select(given, row)) for row in rows[:, None].to(device)])
     squares = alone.square().sum(dim=1)
     norms = squares[squares > 0].sqrt().tolist() or [1.0]
     for cut in (min(norms) / 2, max(norms) * 2):  # by which all are clipped, and none
@@ -42,6 +51,24 @@ def check_records_apart(
         wrong = torch.from_numpy(found) - (clip_factors(squares, cut) @ alone).cpu()
         if not wrong.norm() <= _TOLERANCE * cut:
             raise ModelError(f"what one record adds to a batch's gradient is not its own gradient; {_REMEDY}")
+
+
+def _check_losses(module: nn.Module, phase: Phase, batch: Batch) -> None:
+    """Where each record has a pass of its own, a loss that couples records would train something else unnoticed."""
+    with torch.no_grad():
+        together = phase.loss(module, batch)
+        rows = torch.arange(len(batch.labels), device=batch.labels.device)
+        alone = torch.cat([phase.loss(module, select(batch, row)).reshape(-1) for row in rows[:, None]])
+    if together.shape == alone.shape and not torch.allclose(together, alone, rtol=_TOLERANCE, atol=_TOLERANCE):
+        raise ModelError(f"the loss of a record depends on its neighbours; {_REMEDY}")
+
+
+def _check_bits(module: nn.Module, phase: Phase, batch: Batch, whole: LayerGradients) -> None:
+    count = len(batch.labels)
+    for rows in (torch.arange(count).flip(0), torch.tensor([count - 1]), torch.arange(1, count).repeat(5)):
+        part = shared_pass(module, phase, select(batch, rows.to(batch.labels.device)))
+        if part is None or not part.equals(whole, rows):
+            raise ModelError(f"what one record adds to a batch's gradient depends on its neighbours; {_REMEDY}")
 
 
 def _made_up(task: Task, shape: tuple[int, ...], device: torch.device) -> Batch:
@@ -56,4 +83,4 @@ def _made_up(task: Task, shape: tuple[int, ...], device: torch.device) -> Batch:
 def _gradient(module: nn.Module, phase: Phase, batch: Batch) -> Tensor:
     parameters = list(parameters_like(module, phase.parameters).values())
     found = torch.autograd.grad(phase.loss(module, batch).sum(), parameters, materialize_grads=True)
-    return torch.cat([exact(gradient).reshape(-1) for gradient in found])
+    return torch.cat([as_double(gradient).reshape(-1) for gradient in found])

@@ -1,16 +1,23 @@
 """Clipped sums: the gradient of each unit, cut to a norm, added up (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 
 A unit is a set of records - one image, or all of a patient's - and what is clipped is the gradient of their summed
-loss. Gradients are float32, as torch makes them; norms, factors and sums are float64 of these very values, so that
-no unit adds more than C(1 + 1e-12).
+loss. One unit more or less moves the sum by at most C:
+
+1. What a unit adds follows from its own records alone, to the last bit. Where a method is linear layers, records share
+   a pass that computes so (`exact.py`). Elsewhere each record has a pass of its own, to which nothing else of the batch
+   is given.
+2. Its norm is at most C(1 - 2⁻²⁰)(1 + 2⁻²⁶): the factor is found in float64, of norms that are right to 2⁻²⁷.
+3. The sum is rounded, in an order that depends on who is there. Sums of _ROWS terms come first, and then their sum.
+   By Higham 2002, section 3.1, that is off by at most (_ROWS + N/_ROWS) · 2⁻⁵³ times the sum of the terms' norms, in
+   whatever order; a unit's terms are at most 16 C together (`linear.py`), or C where it is one term. With
+   N <= MOST_RECORDS it is less than 2⁻²² C, and twice that, for the sums with the unit and without, less than what 2.
+   leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +25,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedclip_secure.errors import ModelError
+from fedclip_secure.errors import DataError, ModelError
 from fedclip_secure.methods.base import Batch, Phase
-from fedclip_secure.training.gradients import Gradients, Integers, RecordGradients, exact
-from fedclip_secure.training.linear import UnfitLayersError, find_layers, layer_gradients, record_losses
+from fedclip_secure.training.exact import UnknownOperationError
+from fedclip_secure.training.gradients import Integers, as_double, clip_factors
+from fedclip_secure.training.linear import (
+    LayerGradients,
+    Place,
+    UnfitLayersError,
+    find_layers,
+    layer_gradients,
+    record_losses,
+)
 from fedclip_secure.training.records import select
 from fedclip_secure.training.shared import parameters_like
 
+MOST_RECORDS = 1 << 17  # of one sum
 _ROWS = 1024  # records in a micro-batch
-_FEWEST = 16  # rows; see `padded`
 
 
 def clipped_sum(
@@ -45,17 +60,38 @@ def clipped_sum(
 
     Raises:
         ModelError: the gradient of one record cannot be told from that of the others.
+        DataError: more than MOST_RECORDS records.
     """
+    if len(units) > MOST_RECORDS:
+        raise DataError(
+            f"{len(units)} records fell into one step, and what rounding does to a sum is bounded for {MOST_RECORDS} "
+            "at most; ask the coordinator for a smaller privacy.sample_rate"
+        )
     summing = _Summing(module, phase, batch, units, max_grad_norm)
-    with _full_precision(batch.labels.device), _trained_alone(module, summing.parameters.values()):
-        layers = find_layers(module, summing.parameters)
+    with _as_clipped(module, phase, batch):
+        layers = _shared_layers(module, summing.parameters)
         if layers is not None:
             try:
-                return summing.add_up(partial(layer_gradients, module, phase, layers), _ROWS)
-            except UnfitLayersError:  # known only once records went through them
+                return summing.add_up(layers)
+            except (UnfitLayersError, UnknownOperationError):  # known only once records went through them
                 pass
         check_layers(module)
         return summing.add_up_one_by_one()
+
+
+def shared_pass(module: nn.Module, phase: Phase, batch: Batch) -> LayerGradients | None:
+    """The gradients of single records (at least one), found in one pass; None where each needs a pass of its own."""
+    with _as_clipped(module, phase, batch):
+        layers = _shared_layers(module, parameters_like(module, phase.parameters))
+        try:
+            return None if layers is None else layer_gradients(module, phase, layers, batch)
+        except (UnfitLayersError, UnknownOperationError):
+            return None
+
+
+def _shared_layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Place] | None:
+    device = next(iter(parameters.values())).device
+    return None if device.type == "mps" else find_layers(module, parameters)  # MPS has no float64
 
 
 def check_layers(module: nn.Module) -> None:
@@ -81,55 +117,53 @@ class _Summing:
         self._module, self._phase = module, phase
         self._batch, self._units, self._max_grad_norm = batch, units, max_grad_norm
 
-    def add_up(self, find: Callable[[Batch], Gradients], most: int) -> npt.NDArray[np.float64]:
-        """The sum over micro-batches of whole units and at most `most` records; a larger unit is summed by itself."""
-        total = torch.zeros(self.size, dtype=torch.float64, device=self._device)
-        for rows, numbers in _micro_batches(self._units, most):
-            part = select(self._batch, torch.from_numpy(rows).to(self._batch.labels.device))
-            gradients = find(padded(part)).first(len(rows)) if len(rows) <= most else self._of_one_unit(part, most)
-            gradients.add_clipped(numbers[: len(gradients)], self._max_grad_norm, total)
+    def add_up(self, layers: Sequence[Place]) -> npt.NDArray[np.float64]:
+        """The sum over micro-batches of whole units and at most _ROWS records; a larger unit is summed by itself."""
+        total = self._zeros()
+        for rows, numbers in _micro_batches(self._units, _ROWS):
+            part = self._select(rows)
+            if len(rows) > _ROWS:
+                total += self._cut(self._of_one_unit(part, _ROWS))
+            else:
+                gradients = layer_gradients(self._module, self._phase, layers, part)
+                total += gradients.clipped(numbers, self._max_grad_norm, self.size)
         return total.cpu().numpy()
 
     def add_up_one_by_one(self) -> npt.NDArray[np.float64]:
         """The sum by a pass for each record alone.
 
-        What a record adds follows so from that record, to the last bit: in one pass over many, towers round a record
-        by its place among the others, and where a ReLU sits on its edge the last bit decides a whole gradient.
+        Towers round a record by its place among the others, and where a ReLU sits on its edge the last bit decides a
+        whole gradient.
         """
-        total = torch.zeros(self.size, dtype=torch.float64, device=self._device)
-        for unit in np.unique(self._units):
-            rows = torch.from_numpy(np.flatnonzero(self._units == unit)).to(self._batch.labels.device)
-            gradient = self._of_one_unit(select(self._batch, rows), 1)
-            gradient.add_clipped(np.zeros(1, dtype=np.int64), self._max_grad_norm, total)
+        total, numbers = self._zeros(), np.unique(self._units)
+        for first in range(0, len(numbers), _ROWS):
+            some = self._zeros()
+            for unit in numbers[first : first + _ROWS]:
+                some += self._cut(self._of_one_unit(self._select(np.flatnonzero(self._units == unit)), 1))
+            total += some
         return total.cpu().numpy()
 
-    @property
-    def _device(self) -> torch.device:
-        return exact(next(iter(self.parameters.values()))[:0]).device
+    def _zeros(self) -> Tensor:
+        device = as_double(next(iter(self.parameters.values()))[:0]).device
+        return torch.zeros(self.size, dtype=torch.float64, device=device)
 
-    def _of_one_unit(self, batch: Batch, most: int) -> RecordGradients:
-        """The summed gradient of all of `batch`, as if it were one record's, `most` records at a time."""
+    def _select(self, rows: Integers) -> Batch:
+        return select(self._batch, torch.from_numpy(rows).to(self._batch.labels.device))
+
+    def _of_one_unit(self, batch: Batch, most: int) -> Tensor:
+        """The summed gradient (d,) float64 of all of `batch`, `most` records at a time."""
         parameters, rows = list(self.parameters.values()), torch.arange(len(batch.labels))
-        summed = torch.zeros(1, self.size, dtype=torch.float64)
+        summed = self._zeros()
         for piece in torch.split(rows, most):
             losses = record_losses(self._module, self._phase, select(batch, piece.to(batch.labels.device)))
             found = torch.autograd.grad(losses.sum(), parameters, materialize_grads=True)
-            summed += torch.cat([exact(gradient).reshape(-1) for gradient in found]).to(summed.device)
-        return RecordGradients(summed)
+            summed += torch.cat([as_double(gradient).reshape(-1) for gradient in found])
+        return summed
 
-
-def padded(batch: Batch) -> Batch:
-    """`batch` with rows of zeros up to a multiple of _FEWEST; their gradients are thrown away.
-
-    Libraries multiply matrices of a few rows by other programs than larger ones, so that one record less would change
-    the last bits of the others' float32 gradients.
-    """
-    missing = -len(batch.labels) % _FEWEST
-    return replace(
-        batch,
-        images=nn.functional.pad(batch.images, (*(0, 0) * (batch.images.dim() - 1), 0, missing)),
-        labels=nn.functional.pad(batch.labels, (0, missing)),
-    )
+    def _cut(self, gradient: Tensor) -> Tensor:
+        """`gradient` (d,) cut to C; nothing where it is not finite."""
+        factor = clip_factors(gradient.square().sum(), self._max_grad_norm)
+        return gradient * factor if factor > 0 else self._zeros()
 
 
 def _micro_batches(units: Integers, most: int) -> Iterator[tuple[Integers, Integers]]:
@@ -148,28 +182,24 @@ def _micro_batches(units: Integers, most: int) -> Iterator[tuple[Integers, Integ
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 and no bfloat16 in the matrix products, whatever the process had set."""
+def _as_clipped(module: nn.Module, phase: Phase, batch: Batch) -> Iterator[None]:
+    """No autocast, no TF32 and no bfloat16 in the matrix products, whatever the process had set.
+
+    Only the phase's parameters take gradients: none is made for others, or left behind.
+    """
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    before = {value: value.requires_grad for value in module.parameters()}
+    trained = parameters_like(module, phase.parameters).values()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    module.requires_grad_(False)
+    for value in trained:
+        value.requires_grad_(True)
     try:
-        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+        with torch.autocast(batch.labels.device.type, enabled=False), torch.enable_grad():
             yield
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
-
-
-@contextmanager
-def _trained_alone(module: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Only `parameters` take gradients: none is made for others, or left behind."""
-    before = {value: value.requires_grad for value in module.parameters()}
-    module.requires_grad_(False)
-    for value in parameters:
-        value.requires_grad_(True)
-    try:
-        yield
-    finally:
         for value, wanted in before.items():
             value.requires_grad_(wanted)

@@ -18,12 +18,13 @@ from torch import nn
 
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.data.dataset import Counts, FeatureSet, Task
-from fedclip_secure.errors import ConfigError, DataError, ModelError
+from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.methods.base import Method, Phase
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.training.apart import check_records_apart
+from fedclip_secure.training.bounds import check_bounded, check_terms
 from fedclip_secure.training.clipping import clipped_sum
 from fedclip_secure.training.gaussian import GaussianMechanism
 from fedclip_secure.training.local import make_optimizer
@@ -31,9 +32,6 @@ from fedclip_secure.training.poisson import draw_members
 from fedclip_secure.training.private_state import PrivateState
 from fedclip_secure.training.records import load_records, select
 from fedclip_secure.training.shared import load_shared, parameters_like, read_private, update_since
-
-LARGEST_WEIGHT = 100.0  # of a received model; what training makes stays far below
-LARGEST_SCALE = 1000.0  # of the logits; CLIP's is at most 100
 
 
 class Coins(Protocol):
@@ -78,10 +76,7 @@ class PrivateTrainer:
             raise ConfigError("federation.yaml: privacy is missing; a plan without it has no private training")
         if units.shape != (len(features), 32) or units.dtype != np.uint8:
             raise DataError(f"{features.source}: {units.shape} {units.dtype} unit ids for {len(features)} records")
-        if not task.logit_scale <= LARGEST_SCALE:
-            raise ModelError(
-                f"logit_scale is {task.logit_scale:.3g}; with `privacy` at most {LARGEST_SCALE:g} is trained"
-            )
+        check_terms(plan.privacy, task.logit_scale)
         self._method = find_method(plan.method)
         check_private(self._method)
         self._privacy, self._optimizer, self._coins = plan.privacy, plan.training.optimizer, coins
@@ -89,8 +84,8 @@ class PrivateTrainer:
         self._phases = tuple(self._method.phases(silo))
         self._private_state = PrivateState() if private_state is None else private_state
         self._module = self._method.build(task, encoder).to(device).train()
-        for phase in self._phases:
-            check_records_apart(self._module, phase, task, features.taken.shape[1:], device)
+        self._task, self._shape, self._device = task, features.taken.shape[1:], device
+        self._check_records_apart()
         self._records = load_records(features, task, device)
         self._unit_of, self._units = _numbered(units)
         self.records = len(features)
@@ -101,14 +96,16 @@ class PrivateTrainer:
         Every optimiser starts afresh, as the silo may have missed rounds.
 
         Raises:
-            ModelError: `received` is not of the plan's method or too large, or training ran to NaN or infinity.
+            ModelError: `received` is not of the plan's method or too large, or made to mix records; or training ran to
+                NaN or infinity.
         """
-        _check_bounded(received)
+        check_bounded(received)
         load_shared(self._module, self._method.spec, received)
         self._private_state.begin(self._module, self._method.spec, received)
         if self._method.spec.private:
-            _check_bounded(read_private(self._module, self._method.spec))
+            check_bounded(read_private(self._module, self._method.spec))
         self._method.begin_round(self._module)
+        self._check_records_apart()
         steps = [(phase, self.make_optimizer(phase)) for phase in self._phases]
         for _ in range(self._privacy.steps_per_round):
             for phase, optimizer in steps:
@@ -134,15 +131,9 @@ class PrivateTrainer:
         set_gradients(self._module, phase, self._mechanism.release(total, self._coins()))
         optimizer.step()
 
-
-def _check_bounded(state: AdapterState) -> None:
-    """In a model of huge weights rounding alone would move other records' gradients: no claim holds for it."""
-    largest = float(np.abs(state.vector).max(initial=0.0))
-    if not largest <= LARGEST_WEIGHT:
-        raise ModelError(
-            f"the model has a parameter of size {largest:.3g}; with `privacy` at most {LARGEST_WEIGHT:g} is "
-            "trained: tell the coordinator, and lower training.optimizer.lr"
-        )
+    def _check_records_apart(self) -> None:
+        for phase in self._phases:
+            check_records_apart(self._module, phase, self._task, self._shape, self._device)
 
 
 def check_private(method: Method) -> None:

@@ -2,13 +2,16 @@
 
 That gradient is g aᵀ in a layer's weight and g in its bias, where `a` is what the layer got and g the gradient of
 what it gave. So its squared norm is ‖g‖²(‖a‖² + 1) (Goodfellow 2015, arXiv:1510.01799), the inner product of two
-records' gradients is (g·g')(a·a' + 1), and a sum of scaled gradients is one product of matrices.
+records' gradients is (g·g')(a·a' + 1), and a sum of scaled gradients is one product of matrices. The pass computes as
+`exact.py` says, so that a, g and the norm of a record are the same to the last bit whoever shares the pass.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +19,11 @@ from torch import Tensor, nn
 
 from fedclip_secure.errors import ModelError
 from fedclip_secure.methods.base import Batch, Phase
-from fedclip_secure.training.gradients import Integers, clip_factors, exact
+from fedclip_secure.training.exact import ExactArithmetic, squared_norms
+from fedclip_secure.training.gradients import Integers, as_double, clip_factors
 from fedclip_secure.training.records import select
+
+_MOST_CANCELLED = 16.0  # how much shorter than its records' gradients together a unit's may count
 
 
 class UnfitLayersError(Exception):
@@ -49,7 +55,7 @@ def find_layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> li
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Used:
+class Used:
     """A layer in one pass: `inputs` (R, in) and `gradients` (R, out) of its outputs, float64."""
 
     place: Place
@@ -58,20 +64,20 @@ class _Used:
 
     def squares(self) -> Tensor:
         """Squared norms of the records' gradients, (R,)."""
-        return self.gradients.square().sum(dim=1) * self._with_bias(self.inputs.square().sum(dim=1))
+        return squared_norms(self.gradients) * self._with_bias(squared_norms(self.inputs))
 
     def square_of_sum(self, rows: slice) -> Tensor:
         """The squared norm of the sum of the gradients of the records at `rows`, (), of these records alone."""
         gradients, inputs = self.gradients[rows].clone(), self.inputs[rows].clone()
         return ((gradients @ gradients.T) * self._with_bias(inputs @ inputs.T)).sum()
 
-    def add(self, factors: Tensor, total: Tensor) -> None:
-        """Add the gradients, each times its factor (R,), to `total`."""
+    def write_sum(self, factors: Tensor, found: Tensor) -> None:
+        """Write the sum of the gradients, each times its factor (R,), into its place in `found`."""
         scaled = self.gradients * factors[:, None]
         if self.place.weight is not None:
-            total[self.place.weight].view(scaled.shape[1], -1).addmm_(scaled.T, self.inputs)
+            torch.mm(scaled.T, self.inputs, out=found[self.place.weight].view(scaled.shape[1], -1))
         if self.place.bias is not None:
-            total[self.place.bias].add_(scaled.sum(dim=0))
+            torch.sum(scaled, dim=0, out=found[self.place.bias])
 
     def _with_bias(self, products: Tensor) -> Tensor:
         if self.place.weight is None:
@@ -81,28 +87,34 @@ class _Used:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerGradients:
-    """The gradients of R records in all layers (`Gradients`)."""
+    """The gradients of R records in all layers."""
 
-    layers: Sequence[_Used]
+    layers: Sequence[Used]
 
-    def __len__(self) -> int:
-        return len(self.layers[0].inputs)
+    def clipped(self, units: Integers, max_grad_norm: float, size: int) -> Tensor:
+        """The sum (size,) float64 of the units' gradients, each cut to `max_grad_norm`. The gradients are used up.
 
-    def first(self, count: int) -> LayerGradients:
-        """As Gradients."""
-        used = [_Used(layer.place, layer.inputs[:count], layer.gradients[:count]) for layer in self.layers]
-        return LayerGradients(used)
-
-    def add_clipped(self, units: Integers, max_grad_norm: float, total: Tensor) -> None:
-        """As Gradients."""
-        groups = torch.from_numpy(units).to(total.device)
-        squares = sum((layer.squares() for layer in self.layers), torch.zeros((), device=total.device))
+        `units` (R,) numbers the unit of each record: 0, 0, 1, .., rising. A unit with a value that is not finite
+        adds nothing.
+        """
+        groups = torch.from_numpy(units).to(self.layers[0].inputs.device)
+        squares = torch.stack([layer.squares() for layer in self.layers]).sum(dim=0)
         self._drop_not_finite(squares, groups)
         if int(units[-1]) + 1 < len(units):
             squares = self._of_units(squares, groups)
         factors = clip_factors(squares, max_grad_norm)[groups]
+        found = torch.empty(size, dtype=torch.float64, device=groups.device)
         for layer in self.layers:
-            layer.add(factors, total)
+            layer.write_sum(factors, found)
+        return found
+
+    def equals(self, other: LayerGradients, rows: Tensor) -> bool:
+        """Whether these are the gradients that `other` has at `rows`, to the last bit."""
+        pairs = zip(self.layers, other.layers, strict=True)
+        return all(
+            torch.equal(mine.inputs, its.inputs[rows]) and torch.equal(mine.gradients, its.gradients[rows])
+            for mine, its in pairs
+        )
 
     def _drop_not_finite(self, squares: Tensor, groups: Tensor) -> None:
         bad = ~torch.isfinite(squares)
@@ -112,43 +124,58 @@ class LayerGradients:
                 values[bad] = 0
 
     def _of_units(self, squares: Tensor, groups: Tensor) -> Tensor:
-        """Upper bounds of the units' squared norms, (U,), from those of their records, (R,).
+        """The units' squared norms, (U,), from those of their records, (R,); at least 1/16² of their lengths'.
 
-        Where gradients of one unit cancel, rounding could make its norm too small, and what it adds too large. The
-        error of a dot product of n terms is at most n · 2⁻⁵³ times the product of the norms (Higham 2002, section
-        3.1); twice that, and the terms of the sum over records, is added.
+        Where gradients of one unit cancel, little is left to go by: the error of a dot product of n terms is at most
+        n · 2⁻⁵³ times the product of the norms (Higham 2002, section 3.1), and so may be large beside the norm of the
+        sum, and what is scaled up large beside C. A unit that cancels further is cut as if it did not.
         """
-        zeros = torch.zeros(int(groups[-1]) + 1, dtype=squares.dtype, device=squares.device)
-        # One unit at a time: the last bits of one product over all would depend on the other units, and where
-        # gradients cancel these bits decide.
+        # One unit at a time, of its own records alone: what a unit adds must not depend on who else is there.
         sizes = torch.bincount(groups).tolist()
         ends = itertools.accumulate(sizes)
         found = torch.stack([self._square(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)])
-        lengths = zeros.index_add(0, groups, squares.sqrt())
-        # Of this unit's own records alone: what a unit adds must not depend on who else is there.
-        records = zeros.index_add(0, groups, torch.ones_like(squares))
-        terms = 2 * records + max(layer.inputs.shape[1] + layer.gradients.shape[1] for layer in self.layers)
-        return found.clamp(min=0) + terms * 2.0**-52 * lengths.square()
+        lengths = torch.zeros_like(found).index_add(0, groups, squares.sqrt())
+        return torch.maximum(found, (lengths / _MOST_CANCELLED).square())
 
     def _square(self, rows: slice) -> Tensor:
         return torch.stack([layer.square_of_sum(rows) for layer in self.layers]).sum()
 
 
 def layer_gradients(module: nn.Module, phase: Phase, places: Sequence[Place], batch: Batch) -> LayerGradients:
-    """The gradients of `batch` in the layers at `places`.
+    """The gradients of `batch` in the layers at `places`, each to the last bit as if its record were alone.
 
     Raises:
-        UnfitLayersError: they must be found in another way.
+        UnfitLayersError, UnknownOperationError: they must be found in another way.
         ModelError: the loss does not give one value for each record.
     """
     with torch.no_grad():  # a layer that sees as many prompts as there are records here sees more than this one
         _watched(module, phase, places, select(batch, torch.zeros(1, dtype=torch.int64)))
-    losses, seen = _watched(module, phase, places, batch)
-    outputs = [seen[place.layer][1] for place in places]
-    found = torch.autograd.grad(losses.sum(), outputs, materialize_grads=True)
+    with in_double(module), ExactArithmetic():
+        losses, seen = _watched(module, phase, places, doubled(batch))
+        outputs = [seen[place.layer][1] for place in places]
+        found = torch.autograd.grad(losses, outputs, torch.ones_like(losses), materialize_grads=True)
     return LayerGradients(
-        [_Used(place, seen[place.layer][0], exact(gradient)) for place, gradient in zip(places, found, strict=True)]
+        [Used(place, seen[place.layer][0], gradient) for place, gradient in zip(places, found, strict=True)]
     )
+
+
+def doubled(batch: Batch) -> Batch:
+    """The very values of `batch`, in float64."""
+    return dataclasses.replace(batch, images=as_double(batch.images), text_features=as_double(batch.text_features))
+
+
+@contextmanager
+def in_double(module: nn.Module) -> Iterator[None]:
+    """The very values of `module`, in float64."""
+    held = [value for value in (*module.parameters(), *module.buffers()) if value.is_floating_point()]
+    before = [value.data for value in held]
+    try:
+        for value in held:
+            value.data = value.data.double()
+        yield
+    finally:
+        for value, data in zip(held, before, strict=True):
+            value.data = data
 
 
 def _watched(
@@ -160,7 +187,7 @@ def _watched(
     def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if layer in seen or inputs[0].shape != (len(batch.labels), layer.in_features):
             raise UnfitLayersError
-        seen[layer] = (exact(inputs[0]), output)
+        seen[layer] = (as_double(inputs[0]), output)
         return output.clone()  # what comes next may change it in place
 
     handles = [place.layer.register_forward_hook(see) for place in places]

@@ -20,6 +20,7 @@ from fedclip_secure.methods.registry import check_reads, find_method
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.privacy.accountant import noise_multiplier
 from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.training.bounds import check_bounded, check_terms
 from fedclip_secure.training.dp import check_private
 from fedclip_secure.training.shared import read_shared
 
@@ -37,7 +38,8 @@ def prepare(plan: FederationPlan, home: Path) -> Prepared:
 
     Raises:
         ConfigError: the method is unknown, does not go with the plan, or `initial` cannot be read.
-        ModelError: the encoder cannot be built from what the plan names, or `initial` does not fit.
+        ModelError: the encoder cannot be built from what the plan names, or `initial` does not fit; or, with privacy,
+            has larger weights than silos train.
         DataError: the file of text features is at fault.
     """
     method = find_method(plan.method)
@@ -51,6 +53,9 @@ def prepare(plan: FederationPlan, home: Path) -> Prepared:
         path = home / plan.initial
         _check_global(path)
         initial = AdapterState.from_safetensors(_read(path), initial.layout, str(path))
+    if plan.privacy is not None:
+        check_terms(plan.privacy, task.logit_scale)
+        check_bounded(initial)
     data = initial.to_safetensors()
     locked = FederationLock(
         plan=plan.digest.hex(),

@@ -102,10 +102,17 @@ def select(batch: Batch, rows: npt.NDArray[np.bool_]) -> Batch:
 
 
 def gradient(module: nn.Module, phase: Phase, batch: Batch) -> Doubles:
-    """Of the summed loss, by autograd alone, (d,)."""
+    """Of the summed loss, by autograd alone in float64, (d,)."""
+    module, batch = in_double(module, batch)
     found = torch.autograd.grad(phase.loss(module, batch).sum(), list(module.parameters()))
-    flat: Doubles = torch.cat([value.reshape(-1) for value in found]).double().numpy()
+    flat: Doubles = torch.cat([value.reshape(-1) for value in found]).numpy()
     return flat
+
+
+def in_double(module: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
+    """Copies: where a softmax is sure of itself, single precision leaves few digits of a gradient."""
+    double = replace(batch, images=batch.images.double(), text_features=batch.text_features.double())
+    return copy.deepcopy(module).double(), double
 
 
 def cut(value: Doubles, norm: float) -> Doubles:
@@ -121,7 +128,7 @@ def by_loop(module: nn.Module, phase: Phase, batch: Batch, units: Integers, norm
 
 def by_opacus(module: nn.Module, phase: Phase, batch: Batch, units: Integers, norm: float) -> Doubles:
     """The clipped sum from Opacus's gradients of single records."""
-    module = copy.deepcopy(module)
+    module, batch = in_double(module, batch)
     for layer in module.modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = False  # Opacus's hooks do not take it
@@ -130,6 +137,6 @@ def by_opacus(module: nn.Module, phase: Phase, batch: Batch, units: Integers, no
     batch = replace(batch, images=batch.images.clone().requires_grad_())
     phase.loss(watched, batch).sum().backward()  # type: ignore[no-untyped-call]
     found = [value.grad_sample.reshape(len(units), -1) for value in watched.parameters()]
-    each = torch.cat(found, dim=1).double().numpy()
+    each = torch.cat(found, dim=1).numpy()
     parts = [cut(each[units == unit].sum(axis=0), norm) for unit in np.unique(units)]
     return sum(parts[1:], parts[0])

@@ -1,0 +1,151 @@
+"""What comes of a row follows from that row alone: to the last bit, whatever the shapes and the neighbours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from fedclip_secure.training import exact
+from fedclip_secure.training.exact import ExactArithmetic, UnknownOperationError
+
+Rows = Callable[[Tensor], Tensor]
+LABELS, COLUMNS = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 6, dtype=torch.int64)
+BIAS = torch.arange(37.0, dtype=torch.float64)
+WIDTHS = [1, 2, 3, 5, 7, 16, 31, 64, 100, 129, 333, 512, 1001]
+
+
+def rows_of(count: int, width: int, seed: int = 0) -> Tensor:
+    """Of very different sizes, with zeros."""
+    random = np.random.default_rng(seed)
+    values = random.normal(size=(count, width)) * 10.0 ** random.uniform(-8, 8, (count, 1))
+    return torch.from_numpy(np.where(random.random((count, width)) < 0.1, 0.0, values))
+
+
+@functools.lru_cache(maxsize=32)
+def weights(width: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(1).normal(size=(width, 37)) * 100)
+
+
+def exactly(operation: Rows, rows: Tensor) -> Tensor:
+    weights(rows.shape[1])
+    with ExactArithmetic():
+        return operation(rows)
+
+
+OPERATIONS: dict[str, Rows] = {
+    "matmul": lambda rows: rows @ weights(rows.shape[1]),
+    "linear": lambda rows: functional.linear(rows, weights(rows.shape[1]).T, BIAS),
+    "sum": lambda rows: rows.sum(dim=1),
+    "mean": lambda rows: torch.stack([rows, 2 * rows]).mean(dim=0),
+    "norm": lambda rows: torch.linalg.vector_norm(rows, dim=-1, keepdim=True),
+    "normalize": lambda rows: functional.normalize(rows, dim=-1),
+    "exp": lambda rows: rows.exp(),
+    "log": lambda rows: (rows.abs() + 1e-3).log(),
+    "tanh": lambda rows: rows.tanh(),
+    "softmax": lambda rows: rows.softmax(dim=-1),
+    "log_softmax": lambda rows: rows.log_softmax(dim=-1),
+    "relu": lambda rows: rows.relu(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_row_gets_the_same_bits_wherever_it_lies_and_whoever_is_beside_it(name: str, width: int) -> None:
+    values, operation = rows_of(67, width), OPERATIONS[name]
+    whole = exactly(operation, values)
+    for rows in ([0], [66], [5, 3], list(range(1, 67)), list(range(66, -1, -1)), [7] * 40 + [66]):
+        assert torch.equal(exactly(operation, values[rows]), whole[rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_number_of_threads_makes_no_difference(threads: int) -> None:
+    values = rows_of(300, 700)
+    before = torch.get_num_threads()
+    expected = {name: exactly(operation, values) for name, operation in OPERATIONS.items()}
+    try:
+        torch.set_num_threads(threads)
+        for name, operation in OPERATIONS.items():
+            assert torch.equal(exactly(operation, values), expected[name])
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), width=st.integers(1, 1100), scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e30]))
+def test_results_are_those_of_float64_to_the_digits_that_are_kept(seed: int, width: int, scale: float) -> None:
+    random = np.random.default_rng(seed)
+    rows = torch.from_numpy(random.normal(size=(9, width)) * scale)
+    second = weights(width)
+    product = (rows @ second).abs() * 0 + rows.abs().amax(dim=1, keepdim=True) * second.abs().amax(dim=0) * width
+    assert bool(((exact.matmul(rows, second) - rows @ second).abs() <= product * 2.0**-16).all())
+    assert torch.allclose(exact.total(rows, (1,)), rows.sum(dim=1), rtol=0, atol=float(rows.abs().max()) * 1e-9)
+    small = rows / scale * 10
+    assert torch.allclose(exact.exp(small), small.exp(), rtol=1e-12, atol=0)
+    assert torch.allclose(exact.tanh(small), small.tanh(), rtol=0, atol=1e-12)
+    assert torch.allclose(exact.log(small.abs() + 1e-9), (small.abs() + 1e-9).log(), rtol=0, atol=1e-12)
+
+
+def test_exponentials_end_where_doubles_do_and_numbers_that_are_none_stay_so() -> None:
+    ends = torch.tensor([-1e300, -750.0, 0.0, 750.0, float("inf"), float("nan")], dtype=torch.float64)
+    found = exact.exp(ends)
+    assert found[2] == 1
+    assert bool((found[:2] < 1e-300).all())
+    assert bool((found[3:5] > 1e300).all())
+    assert bool(torch.isnan(found[5]))
+    assert bool(torch.isnan(exact.tanh(ends)[5]))
+    assert bool(torch.isnan(exact.log(ends)[5]))
+
+
+def test_value_that_is_not_finite_spoils_its_own_row_alone() -> None:
+    values = rows_of(5, 40)
+    plain = {name: exactly(operation, values) for name, operation in OPERATIONS.items() if name != "mean"}
+    values[2, 3] = float("inf")
+    values[3, 0] = float("nan")
+    for name, expected in plain.items():
+        assert torch.equal(exactly(OPERATIONS[name], values)[[0, 1, 4]], expected[[0, 1, 4]])
+
+
+def test_gradients_are_those_of_float64() -> None:
+    values = rows_of(20, 24) / 1e6
+    labels = torch.arange(20) % 5
+    values.requires_grad_()
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5)).double()
+
+    def found() -> Tensor:
+        outputs = functional.normalize(layers(values), dim=-1)
+        losses = functional.cross_entropy(10 * outputs, labels, reduction="none")
+        (gradient,) = torch.autograd.grad(losses, values, torch.ones_like(losses))
+        return gradient
+
+    expected = found()
+    with ExactArithmetic():
+        exactly_found = found()
+    assert torch.allclose(exactly_found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda rows: rows.sum(),  # over all records
+        lambda rows: rows.unsqueeze(0).matmul(rows.unsqueeze(0).transpose(1, 2)),
+        functional.gelu,
+        lambda rows: rows.cumsum(dim=1),
+        lambda rows: torch.add(rows, rows, alpha=3),  # two operations, which some processors round as one
+        lambda rows: torch.zeros_like(rows).scatter_add(1, COLUMNS, rows),
+        lambda rows: functional.nll_loss(rows, LABELS),  # a mean over records
+        lambda rows: torch.linalg.vector_norm(rows, ord=1, dim=1),
+    ],
+)
+def test_operation_of_which_nothing_is_known_is_refused(operation: Rows) -> None:
+    rows = rows_of(4, 6)
+    operation(rows)
+    with ExactArithmetic(), pytest.raises(UnknownOperationError):
+        operation(rows)
