@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fedclip_secure import canonical
 from fedclip_secure.data.dataset import FeatureSet, Floats, ImageFile
 from fedclip_secure.data.image import decode_image
 from fedclip_secure.errors import DataError
@@ -24,11 +26,13 @@ from fedclip_secure.features.cache import FeatureCache
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.index import Contents, FileIndex, read_contents
 from fedclip_secure.features.progress import Meter, ShowProgress
+from fedclip_secure.features.seats import Seats
 from fedclip_secure.features.stage import FEATURES, Stage
 
 INDEX_NAME = "files.sqlite"
 _SHARD_IMAGES = 512  # images between two writes, and
 _SHARD_SECONDS = 60.0  # time between two writes: what a kill can lose
+_MOST_SEATS = 64  # images in a pass of which each has its own row: a GPU gains little beyond, and small folders fill it
 _MAX_DECODERS = 16  # threads; the encoder is the slower half on all but the largest machines
 
 
@@ -44,13 +48,15 @@ class Extraction:
 class ExtractOptions:
     """`verify`: read every file again, whatever the index says. `strict`: refuse broken images.
 
-    `batch_size` is in images; None: what the device's memory holds. `stage`: how far the encoder runs.
+    `batch_size` is in images; None: what the device's memory holds. `stage`: how far the encoder runs. `apart`: no bit
+    of an image's features may depend on other images (`seats.py`), which takes a cache of its own.
     """
 
     verify: bool = False
     strict: bool = False
     batch_size: int | None = None
     stage: Stage = FEATURES
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +105,10 @@ def _encoded(
     files: Sequence[ImageFile], encoder: Encoder, folder: Path, show: ShowProgress, options: ExtractOptions
 ) -> tuple[list[bytes | None], FeatureCache, list[Broken]]:
     """The key of each file's content, None for a broken one; the cache that has all of them; the broken ones."""
-    cache = FeatureCache(folder, encoder.digest_of(options.stage), encoder.shape_of(options.stage))
+    digest = encoder.digest_of(options.stage)
+    if options.apart:
+        digest = canonical.digest("fedclip/v1/features-apart", digest)
+    cache = FeatureCache(folder, digest, encoder.shape_of(options.stage))
     with closing(FileIndex(folder / INDEX_NAME)) as index:
         keys: list[bytes | None] = [None] * len(files)
         if not options.verify:
@@ -107,7 +116,7 @@ def _encoded(
         todo = [number for number, key in enumerate(keys) if key is None or key not in cache]
         meter = Meter(len(files), len(files) - len(todo), show)
         broken = list[Broken]()
-        for batch in _stored(todo, files, _Work(encoder, options.stage, cache, index), options.batch_size):
+        for batch in _stored(todo, files, _Work(encoder, options, cache, index)):
             faults = [read.fault for read in batch if read.fault]
             for read in batch:
                 keys[read.number] = read.contents.sha256 if read.contents and not read.fault else None
@@ -116,42 +125,66 @@ def _encoded(
     return keys, cache, broken
 
 
-def _stored(
-    todo: Sequence[int], files: Sequence[ImageFile], work: _Work, batch_size: int | None
-) -> Iterator[list[_Read]]:
+def _stored(todo: Sequence[int], files: Sequence[ImageFile], work: _Work) -> Iterator[list[_Read]]:
     """Read, encode and store `todo`, the places of files in the list; batch after batch."""
     if not todo:
         return
-    size = batch_size or fitting_batch_size(work.encoder)
-    reads = _read_ahead(todo, files, work, size)
-    while batch := list(islice(reads, size)):
+    reads = _read_ahead(todo, files, work, work.batch_size)
+    while batch := list(islice(reads, work.batch_size)):
         work.store(batch)
         yield batch
-    work.flush()
+    work.finish()
 
 
 class _Work:
     """Encodes what was read, and stores features and index shard after shard."""
 
-    def __init__(self, encoder: Encoder, stage: Stage, cache: FeatureCache, index: FileIndex) -> None:
-        self.encoder, self.cache, self._stage, self._index = encoder, cache, stage, index
+    def __init__(self, encoder: Encoder, options: ExtractOptions, cache: FeatureCache, index: FileIndex) -> None:
+        self.encoder, self.cache, self._options, self._index = encoder, cache, options, index
         self._rows: dict[bytes, Floats] = {}  # encoded and not stored yet
         self._seen: list[Contents] = []
         self._stored = time.monotonic()
 
+    @cached_property
+    def batch_size(self) -> int:
+        """How many images are encoded at once; on a GPU a trial finds it out."""
+        size = self._options.batch_size or fitting_batch_size(self.encoder)
+        return min(size, _MOST_SEATS) if self._options.apart else size
+
+    @cached_property
+    def _seats(self) -> Seats:
+        return Seats(self.batch_size)
+
     def store(self, batch: Sequence[_Read]) -> None:
         """Encode the batch's new images; write a shard when one is full, or after a while."""
         images = {read.contents.sha256: read.image for read in batch if read.contents and read.image is not None}
-        fresh = {key: image for key, image in images.items() if key not in self._rows and key not in self.cache}
-        if fresh:
-            rows = self.encoder.encode_images(torch.stack(list(fresh.values())), self._stage)
+        known = (self._rows, self.cache, self._seats)
+        fresh = {key: image for key, image in images.items() if not any(key in where for where in known)}
+        if self._options.apart:
+            for key, image in fresh.items():
+                self._seats.add(key, image)
+            self._encode_seated(all_of_them=False)
+        elif fresh:
+            rows = self._encode(torch.stack(list(fresh.values())))
             self._rows.update(zip(fresh, rows, strict=True))
         self._seen += [read.contents for read in batch if read.contents]
         if len(self._seen) >= _SHARD_IMAGES or time.monotonic() - self._stored >= _SHARD_SECONDS:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
-        """Put on the disk what is not there yet."""
+    def finish(self) -> None:
+        """Encode what still waits, and put on the disk what is not there yet."""
+        self._encode_seated(all_of_them=True)
+        self._flush()
+
+    def _encode_seated(self, *, all_of_them: bool) -> None:
+        for keys, images in self._seats.passes(all_of_them=all_of_them):
+            rows = self._encode(images)
+            self._rows.update((key, rows[row]) for key, row in keys.items())
+
+    def _encode(self, images: torch.Tensor) -> Floats:
+        return self.encoder.encode_images(images, self._options.stage)
+
+    def _flush(self) -> None:
         self._index.add(self._seen)
         if self._rows:
             self.cache.add(list(self._rows), np.stack(list(self._rows.values())))

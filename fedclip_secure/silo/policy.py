@@ -5,11 +5,12 @@ from __future__ import annotations
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.config.silo import Policy
-from fedclip_secure.errors import PolicyError
+from fedclip_secure.errors import ConfigError, PolicyError
 from fedclip_secure.privacy.admission import Need, in_words
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.training.bounds import check_terms
 
 
 def check_policy(policy: Policy, contract: Contract, terms: Terms, silo: str) -> None:
@@ -44,6 +45,10 @@ def _privacy_faults(policy: Policy, contract: Contract, privacy: PrivacyPlan) ->
         return ["the plan has privacy and the lock no noise_multiplier; ask the coordinator to run `prepare` again"]
     if privacy.noise_multiplier not in (None, noise):
         faults.append(f"the lock's noise_multiplier is {noise:g}, the plan's {privacy.noise_multiplier:g}")
+    try:
+        check_terms(privacy, contract.lock.encoder.logit_scale)
+    except ConfigError as error:
+        faults.append(str(error))
     if policy.max_epsilon is not None and privacy.delta > policy.delta:
         faults.append(f"the plan's privacy.delta is {privacy.delta:g}, policy.delta is {policy.delta:g}")
     planned = PlannedRun.of(contract)

@@ -61,7 +61,8 @@ def load_inputs(
         encoder, task = load_with_task(silo, contract)
     else:
         task = _external_task(contract, text_features)
-    features = _features(silo, task, encoder, progress, ExtractOptions(verify, stage=spec.stage))
+    options = ExtractOptions(verify, stage=spec.stage, apart=contract.plan.privacy is not None)
+    features = _features(silo, task, encoder, progress, options)
     shares = contract.plan.splits.model_dump()
     kept = encoder if spec.backprop != "none" else None
     return Inputs(task, split(features, contract.plan.federation, shares), kept)

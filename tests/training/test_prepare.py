@@ -234,6 +234,38 @@ def test_a_loss_that_couples_records_is_refused_with_privacy(tower_plan: Federat
         prepare(private(tower_plan, method={"name": "fedclip", "loss": "inbatch"}), home)
 
 
+@pytest.mark.parametrize("norm", [1e-7, 1e7])
+def test_norm_that_single_precision_would_lose_is_refused_with_privacy(
+    tower_plan: FederationPlan, home: Path, norm: float
+) -> None:
+    plan = private(tower_plan, noise_multiplier=1.0, max_grad_norm=norm)
+    with pytest.raises(ConfigError, match=r"privacy\.max_grad_norm is .*; 1e-06 to 1e\+06 is trained with"):
+        prepare(plan, home)
+
+
+def test_huge_initial_weights_are_refused_with_privacy_and_with_privacy_alone(
+    tower_plan: FederationPlan, home: Path
+) -> None:
+    state = initial_state(prepare(tower_plan, home))
+    huge = AdapterState(state.layout, np.full_like(state.vector, 100.5))
+    (home / "earlier.safetensors").write_bytes(huge.to_safetensors())
+    going_on = {"initial": "earlier.safetensors"}
+    assert prepare(tower_plan.model_copy(update=going_on), home).lock.initial_model == huge.digest.hex()
+    with pytest.raises(ModelError, match=r"a parameter of size 100; with `privacy` at most 100 .* another `initial`"):
+        prepare(private(tower_plan).model_copy(update=going_on), home)
+
+
+def test_scale_that_no_clip_has_is_refused_with_privacy(external: FederationPlan, home: Path) -> None:
+    arrays: dict[str, Any] = {
+        "text_features": np.eye(7, 8, dtype=np.float32),
+        "logit_scale": np.array(1001, np.float32),
+    }
+    save_file(arrays, home / "prompts.safetensors", {"classes": json.dumps(list(external.classes))})
+    assert prepare(external, home).lock.encoder.logit_scale == 1001
+    with pytest.raises(ConfigError, match=r"logit_scale is 1e\+03; with `privacy` at most 1000"):
+        prepare(private(external), home)
+
+
 ONCE = {"rounds": 1, "optimizer": {"name": "sgd", "lr": 1.0}}
 
 
