@@ -61,6 +61,7 @@ async def take_part(
         account = Account.opened(config, identity, accepted) if terms.private else None
         if account is not None:
             stack.callback(account.close)
+            say(f"{identity.name}: {account.about(config)}")
         async with Client.of(identity, waiting) as client:
             link = Link(client, workdir)
             check_same(accepted, await link.offer(identity.server), identity.server)
@@ -81,6 +82,8 @@ async def take_part(
             if account is not None:
                 say(f"{identity.name}: {account.told()}")
             await Runner(party, trainer, link, journal, say, budget=account).run(abandon)
+            if account is not None:
+                account.finish()
             return await save_adapters(link, contract, terms, workdir)
 
 

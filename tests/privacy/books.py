@@ -31,6 +31,7 @@ TERMS = RunTerms(
     update_divisor=64.0,
     delta=1e-5,
     features="computed here",
+    code="0c" * 32,
 )
 
 

@@ -128,6 +128,7 @@ def terms_of(agreed: Contract, roster: Roster) -> RunTerms:
         update_divisor=privacy.update_divisor,
         delta=privacy.delta,
         features="computed here",
+        code="0c" * 32,
     )
 
 
