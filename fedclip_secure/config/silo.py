@@ -14,10 +14,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from fedclip_secure.config.fields import Name, Number, Pin, Strict, Text, read_model
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.files import write_atomically
-from fedclip_secure.names import MAX_SILOS, MIN_SILOS
+from fedclip_secure.names import MAX_SILOS, MIN_SILOS, Normalisation
 
 Precision = Literal["fp32", "bf16", "fp16"]  # of the encoder; changes the features a little, so the cache keeps each
-Normalisation = Literal["casefold", "strip_zeros"]  # of patients' ids (data/patients.py), in this order
 
 
 def _named(value: object) -> object:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedclip_secure import canonical
-from fedclip_secure.config.silo import Normalisation
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, near, some
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.patients import normalised, warn_of_likes
 from fedclip_secure.errors import DataError
+from fedclip_secure.names import Normalisation
 
 _LISTED_FAULTS = 10
 

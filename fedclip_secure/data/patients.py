@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fedclip_secure.config.silo import Normalisation
+from fedclip_secure.names import Normalisation
 
 _NAMED = 3  # groups of a warning
 _log = logging.getLogger(__name__)

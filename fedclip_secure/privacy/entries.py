@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from fedclip_secure.config.fields import Name, Sha256, Strict
-from fedclip_secure.config.silo import Normalisation
 from fedclip_secure.errors import TrustError
+from fedclip_secure.names import Normalisation
 from fedclip_secure.privacy.canonical_json import decode, encode
 from fedclip_secure.privacy.events import Event
 

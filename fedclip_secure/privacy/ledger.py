@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedclip_secure.config.silo import Normalisation
 from fedclip_secure.errors import ConfigError, DataError, PolicyError, TrustError
 from fedclip_secure.files import write_atomically
+from fedclip_secure.names import Normalisation
 from fedclip_secure.privacy.account import Account, account_of, holders, remembered
 from fedclip_secure.privacy.admission import Need, check_delta, fitting, nobody_fits
 from fedclip_secure.privacy.book import Book, told

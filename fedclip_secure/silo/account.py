@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedclip_secure.config.silo import EmbeddingsData, Normalisation, Policy, SiloConfig
+from fedclip_secure.config.silo import EmbeddingsData, Policy, SiloConfig
 from fedclip_secure.errors import ConfigError, DataError, TrustError
-from fedclip_secure.names import AGGREGATOR
+from fedclip_secure.names import AGGREGATOR, Normalisation
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.ledger import Ledger, OpenRun, RunTerms
