@@ -242,6 +242,16 @@ class Run:
         return len(self.reservations) - len(self.rounds)
 
     @property
+    def retrains_left(self) -> int:
+        """How often a round may still be reserved again."""
+        return self.begin.max_retrains - self.retrains
+
+    def may_train(self, round_number: int) -> bool:
+        """Whether its terms allow this round, for the first time or again."""
+        known = 1 <= round_number <= self.begin.rounds and not self.ended
+        return known and (round_number not in self.rounds or self.retrains_left > 0)
+
+    @property
     def left(self) -> int:
         """How many reservations its terms still allow."""
         return 0 if self.ended else self.begin.rounds + self.begin.max_retrains - len(self.reservations)

@@ -15,61 +15,20 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from fedclip_secure.errors import ConfigError, DataError, PolicyError, TrustError
+from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
-from fedclip_secure.names import Normalisation
+from fedclip_secure.privacy import gate
 from fedclip_secure.privacy.account import Account, account_of, holders, remembered
-from fedclip_secure.privacy.admission import Need, check_delta, fitting, nobody_fits
+from fedclip_secure.privacy.admission import Need, check_delta
 from fedclip_secure.privacy.book import Book, told
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.entries import Run, SignedEntry
-from fedclip_secure.privacy.events import Event
 from fedclip_secure.privacy.ledger_file import RESTORE
-from fedclip_secure.privacy.units import Members, Numbers
-
-
-@dataclass(frozen=True, slots=True)
-class RunTerms:
-    """What a run may cost, whoever's data it trains on. `plan` is the contract's digest.
-
-    `code` is the hash of the program that trains (hexadecimal); it may change within a run, and is then noted.
-    """
-
-    federation: str
-    plan: bytes
-    roster: bytes
-    unit: Literal["record", "patient"]
-    noise_multiplier: float
-    sample_rate: float
-    steps_per_round: int
-    releases: int  # of one step, each of a batch of its own
-    rounds: int
-    max_retrains: int
-    max_grad_norm: float
-    update_divisor: float
-    delta: float
-    features: Literal["computed here", "stated to be per record"]
-    code: str
-    patients: tuple[Normalisation, ...] = ()  # what was done to patients' ids; nothing where units are records
-
-    def per_round(self) -> Event:
-        """What one round releases."""
-        return Event(self.noise_multiplier, self.sample_rate, self.steps_per_round * self.releases)
-
-    def total(self) -> Event:
-        """What the run may release at most."""
-        rounds = self.rounds + self.max_retrains
-        return Event(self.noise_multiplier, self.sample_rate, self.steps_per_round * self.releases * rounds)
-
-    def fields(self) -> dict[str, Any]:
-        """As a begin entry has them."""
-        plain = {"plan": self.plan.hex(), "roster": self.roster.hex(), "patients": list(self.patients)}
-        return dataclasses.asdict(self) | plain
+from fedclip_secure.privacy.terms import RunTerms
+from fedclip_secure.privacy.units import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,19 +145,20 @@ class Ledger:
         """
         with self._book.writing():
             self._book.now()
-            self._check_kind_of_unit(terms)
-            run, members = self._found(terms), self._book.units.members(units)
+            gate.check_units(self._book, terms)
+            run, members = gate.found(self._book, terms), self._book.units.members(units)
             mine: Numbers = np.unique(members.numbers)
             if not len(mine):
                 raise DataError("there is no unit to train on; check `data` in silo.yaml")
             check_delta(terms.delta, len(mine), cap)
-            takes_part = self._takes_part(mine, members, terms, run, cap)
+            need = Need(terms.per_round(), run.held if run else terms.rounds + terms.max_retrains)
+            takes_part = gate.takes_part(self._book, mine, need, run, cap, new=len(members.new))
             admitted, left_out = mine[takes_part], mine[~takes_part]
             name = os.urandom(16).hex() if run is None else run.begin.run
             if run is None:
                 begin = {"kind": "begin", "run": name, **terms.fields()}
                 self._book.write_with_set(begin, admitted, left_out, members.new)
-            elif not run.ended and self._differs(run, admitted, left_out, changed_data):
+            elif not run.ended and gate.differs(self._book, run, admitted, left_out, changed_data):
                 self._book.write_with_set({"kind": "data", "run": name}, admitted, left_out, members.new)
         chosen = np.isin(members.numbers, admitted).tolist()
         ids = frozenset(itertools.compress(units, chosen))
@@ -244,8 +204,8 @@ class Ledger:
         self._note_code(run, opened.code)
         with self._book.writing():
             begin, retrain = run.begin, run.retrains + (round_number in run.rounds)
-            self._check_round(opened, round_number)
-            self._check_room(opened, round_number)
+            gate.check_round(run, round_number)
+            gate.check_room(self._book, run, opened.cap, round_number)
             place = {"kind": "reserve", "run": begin.run, "set": run.sets[-1], "round": round_number}
             signed = self._book.write({**place, "retrain": retrain} | dataclasses.asdict(begin.per_round))
         return Reservation(bytes.fromhex(begin.run), round_number, retrain, signed.hash)
@@ -264,88 +224,6 @@ class Ledger:
 
     # Within
 
-    def _found(self, terms: RunTerms) -> Run | None:
-        fields = terms.fields()
-        run = self._book.chain.found(self._book.silo, fields["plan"], fields["roster"])
-        if run is None:
-            return None
-        fields |= {"key": self._book.key, "code": run.begin.code, "patients": run.begin.patients}  # compared elsewhere
-        other = [name for name, value in fields.items() if getattr(run.begin, name) != value]
-        if other:
-            raise TrustError(
-                f"{self._book.path}: the run of federation {terms.federation} with this plan and roster began with "
-                f"another {', '.join(other)} (entry {run.begin.number}); set it back to what it was"
-            )
-        return run
-
-    def _check_kind_of_unit(self, terms: RunTerms) -> None:
-        first = next(iter(self._book.chain.runs.values()), None)
-        if first is None:
-            return
-        charged, unit, known = first.begin.unit, terms.unit, first.begin.normalised
-        if charged != unit:
-            raise PolicyError(
-                f"{self._book.path}: charges each {charged}, and the plan protects each {unit}: its earlier runs did "
-                f"not note which records were whose, so what a {unit} has spent in them cannot be bounded; ask the "
-                f"coordinator for a plan with privacy.unit {charged}, or name another folder as `ledger` in silo.yaml "
-                f"for plans of {unit}s: what was spent here does not count there, and must be added by hand"
-            )
-        if known != list(terms.patients):
-            raise PolicyError(
-                f"{self._book.path}: since its first run patients' ids are normalised by {known}, and by "
-                f"{list(terms.patients)} in silo.yaml: patients would get new accounts with nothing spent; set "
-                f"data.patients.normalise back to {known}"
-            )
-
-    def _takes_part(
-        self, mine: Numbers, members: Members, terms: RunTerms, run: Run | None, cap: Cap | None
-    ) -> npt.NDArray[np.bool_]:
-        """Which of `mine` (units,); at least one."""
-        committed = self._book.committed(len(members.new), besides=run)
-        need = Need(terms.per_round(), run.held if run else terms.rounds + terms.max_retrains)
-        takes_part = fitting(mine, committed, need, cap)
-        for earlier in self._book.sets(run) if run else ():
-            takes_part &= ~np.isin(mine, earlier.left_out)
-        if not takes_part.any():
-            charges = self._book.charges(len(members.new))
-            raise nobody_fits(mine, charges, committed, need, cap, held_by=holders(self._holding(mine, run)))
-        return takes_part
-
-    def _holding(self, units: Numbers, besides: Run | None) -> list[Run]:
-        """Runs that have room kept for them in the budget of some of `units`."""
-        runs = self._book.holding(besides)
-        return [run for run in runs if len(np.intersect1d(self._book.sets(run)[-1].admitted, units))]
-
-    def _check_round(self, opened: OpenRun, round_number: int) -> None:
-        begin = opened.state.begin
-        if not 1 <= round_number <= begin.rounds:
-            raise PolicyError(f"round {round_number} is none of the plan's {begin.rounds} rounds; tell the coordinator")
-        if opened.state.ended:
-            raise PolicyError(
-                f"the run of federation {begin.federation} was ended with `fedclip-silo budget --end`: nothing more is "
-                "paid for in it; ask the coordinator for a new plan, and free what is needed for that first"
-            )
-        if not opened.may_train(round_number):
-            raise PolicyError(
-                f"round {round_number} was paid for before, and the plan's {begin.max_retrains} retrains are used up; "
-                "sit this round out: rounds that were not begun yet stay possible"
-            )
-
-    def _check_room(self, opened: OpenRun, round_number: int) -> None:
-        """That no unit goes above the cap: what was held for the run is there, unless the limit or the run changed."""
-        run, cap = opened.state, opened.cap
-        if cap is None:
-            return
-        mine = self._book.sets(run)[-1].admitted
-        if (self._book.committed(besides=run).spent(cap, run.begin.per_round)[mine] > cap.budget).any():
-            held = holders(self._holding(mine, run))
-            kept = f" and what unfinished runs hold ({held})" if held else ""
-            free = "; or free what nobody goes on with: `fedclip-silo budget --end FEDERATION`" if held else ""
-            raise PolicyError(
-                f"round {round_number} does not fit policy.max_epsilon {cap.epsilon:g} any more beside what was spent"
-                f"{kept}; sit this round out{free}"
-            )
-
     def _note_code(self, run: Run, code: str) -> None:
         if code in run.codes[-1:]:
             return
@@ -360,22 +238,6 @@ class Ledger:
             if held:
                 self._book.write({"kind": "end", "run": run.begin.run})
         return held
-
-    def _differs(self, run: Run, admitted: Numbers, left_out: Numbers, changed_data: bool) -> bool:
-        """Whether the run is to go on with other units than it had."""
-        before = self._book.sets(run)[-1]
-        now = np.union1d(admitted, left_out)
-        came, went = len(np.setdiff1d(now, before.everyone)), len(np.setdiff1d(before.everyone, now))
-        exhausted = len(np.intersect1d(before.admitted, left_out))
-        if came == went == exhausted == 0:
-            return False
-        if not changed_data:
-            raise DataError(
-                f"the data of federation {run.begin.federation} are not those that its run goes on with: {came} units "
-                f"came, {went} went, and {exhausted} can no longer pay for what is left of it; restore them, or run "
-                "with --changed-data to go on with the data as they are"
-            )
-        return True
 
     def _usable(self, opened: OpenRun) -> Run:
         if opened is not self._open:
@@ -401,12 +263,11 @@ class OpenRun:
     @property
     def retrains_left(self) -> int:
         """How many rounds may still be trained again."""
-        return self.state.begin.max_retrains - self.state.retrains
+        return self.state.retrains_left
 
     def may_train(self, round_number: int) -> bool:
         """Whether `reserve` would take this round, for the first time or again."""
-        known = 1 <= round_number <= self.state.begin.rounds and not self.state.ended
-        return known and (round_number not in self.state.rounds or self.retrains_left > 0)
+        return self.state.may_train(round_number)
 
     def reserve(self, round_number: int) -> Reservation:
         """Pay for a round, before the data are touched. A round that was paid for before is a retrain.

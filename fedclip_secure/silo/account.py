@@ -14,9 +14,10 @@ from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.names import AGGREGATOR, Normalisation
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.ledger import Ledger, OpenRun, RunTerms
+from fedclip_secure.privacy.ledger import Ledger, OpenRun
 from fedclip_secure.privacy.receipts import open_receipt
 from fedclip_secure.privacy.software import code_sha256
+from fedclip_secure.privacy.terms import RunTerms
 from fedclip_secure.silo.pins import Accepted
 
 
