@@ -82,9 +82,10 @@ async def take_part(
             if account is not None:
                 say(f"{identity.name}: {account.told()}")
             await Runner(party, trainer, link, journal, say, budget=account).run(abandon)
+            saved = await save_adapters(link, contract, terms, workdir)
             if account is not None:
                 account.finish()
-            return await save_adapters(link, contract, terms, workdir)
+            return saved
 
 
 # These import torch only when the aggregator has seen this silo: that takes seconds, and a round may begin.

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import pytest
 from fedclip_secure.errors import ConfigError, DataError, FedClipError, PolicyError, TrustError
 from fedclip_secure.privacy.accountant import epsilon
 from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.entries import Begin, Data, Reserve, Settle, chain_of
+from fedclip_secure.privacy.entries import FIRST, Begin, Data, Reserve, Settle, SignedEntry, chain_of
 from fedclip_secure.privacy.events import Event
 from fedclip_secure.privacy.ledger import Ledger
 from tests.privacy.books import KEYS, START, TERMS, Books, terms, units
@@ -189,6 +191,42 @@ def test_reservation_is_settled_once_and_by_its_own_run(books: Books) -> None:
     ledger.close()
     with pytest.raises(ValueError, match="the ledger was closed"):
         second.reserve(2)
+
+
+def as_of_version_1(books: Books) -> None:
+    """Write the ledger's entries anew, as version 0.1 had them; the tables beside them were the same."""
+    books.close()
+    previous, now = FIRST, dict[str, str]()
+    with contextlib.closing(sqlite3.connect(books.database)) as sql, sql:
+        rows = sql.execute("SELECT number, entry, signature FROM entries ORDER BY number").fetchall()
+        for number, data, signature in rows:
+            entry = json.loads(data)
+            kept = {name: value for name, value in entry.items() if name not in ("code", "patients")}
+            if "reservation" in kept:
+                kept["reservation"] = now[kept["reservation"]]
+            key = KEYS[entry["silo"]]
+            signed = SignedEntry.signed({**kept, "version": 1, "previous": previous}, key.sign)
+            now[SignedEntry(data, signature).hash.hex()] = previous = signed.hash.hex()
+            sql.execute("UPDATE entries SET entry = ?, signature = ? WHERE number = ?", (*_blobs(signed), number))
+
+
+def _blobs(signed: SignedEntry) -> tuple[bytes, bytes]:
+    return signed.entry, signed.signature
+
+
+def test_ledger_of_version_1_is_gone_on_with_and_its_units_stay_charged(books: Books) -> None:
+    ledger, cap = books.open(), cap_for(6.5)
+    run = ledger.open_run(TERMS, units(range(4)), cap)
+    run.settle(run.reserve(1))
+    as_of_version_1(books)
+    ledger = books.open()
+    run = ledger.open_run(TERMS, units(range(4)), cap)
+    assert (run.left_out, run.state.codes) == (0, ())
+    run.settle(run.reserve(2))
+    assert kinds(ledger) == ["begin", "reserve", "settle", "code", "reserve", "settle"]
+    assert run.state.codes == ("0c" * 32,)
+    ledger.end_runs("pets")
+    assert ledger.open_run(terms(plan=2, rounds=5, max_retrains=0), units(range(6)), cap).admitted == {*units([4, 5])}
 
 
 # Who takes part

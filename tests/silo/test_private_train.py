@@ -23,12 +23,13 @@ from safetensors.numpy import save_file
 
 from fedclip_secure.aggregator.home import freeze, init_home
 from fedclip_secure.config.lock import write_lock
-from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.config.silo import FolderData, ManifestData, PatientIds, SiloConfig
 from fedclip_secure.errors import ConfigError, DataError, PolicyError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.privacy.entries import Begin, Clock, Data, End, Reserve, Settle, chain_of
 from fedclip_secure.privacy.ledger import Ledger
 from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.privacy.verify import verify
 from fedclip_secure.silo.account import Account, end_runs, mend_clock, note_of, open_ledger, run_terms
 from fedclip_secure.silo.outcome import adapter_folder
@@ -500,6 +501,17 @@ def test_budget_mends_a_clock_and_the_report_says_so(tmp_path: Path) -> None:
     states = {item["id"]: item for item in json.loads(data)["body"]["assumptions"]}
     assert states["clock"]["state"] == "open"
     assert "The silo declared that its clock had been wrong." in states["clock"]["because"]
+
+
+def test_terms_of_a_run_name_the_program_and_what_was_done_to_ids_of_patients(tmp_path: Path) -> None:
+    of_records, of_patients = Labs.create(tmp_path / "records"), Labs.create(tmp_path / "patients", unit="patient")
+    data = ManifestData(format="manifest", path="x.csv", patients=PatientIds(normalise=["casefold"]))
+    config = of_records.configs[SILOS[0]].model_copy(update={"data": data})
+    assert run_terms(config, of_records.accepted).patients == ()
+    found = run_terms(config, of_patients.accepted)
+    assert (found.patients, found.code) == (("casefold",), code_sha256())
+    plain = FolderData(format="folder", path="x")
+    assert run_terms(config.model_copy(update={"data": plain}), of_patients.accepted).patients == ()
 
 
 def test_receipts_of_a_journal_that_was_restored_are_not_taken_for_all(tmp_path: Path) -> None:
