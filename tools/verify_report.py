@@ -71,6 +71,7 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/all-runs-fit": "ee66ad67114c52b6",
     "assumptions/alone": "afcdb7f5d897e6f8",
     "assumptions/arithmetic": "cba927cfc94bca46",
+    "assumptions/clock": "2d34cd1db2e4fcfa",
     "assumptions/code": "f82f9d78ddc7eed5",
     "assumptions/delta": "29799b7b7d92b678",
     "assumptions/features": "ae11b30212a999a3",
@@ -396,8 +397,10 @@ LOCK = {
     "noise_multiplier": Maybe(POSITIVE),
     "releases": whole(1),
 }
-ENTRY = {"version": whole(1, 1), "number": whole(1), "previous": HEX32, "at": whole(0), "silo": NAME, "key": HEX32}
+ENTRY = {"version": whole(1, 2), "number": whole(1), "previous": HEX32, "at": whole(0), "silo": NAME, "key": HEX32}
 STEP = {"noise_multiplier": POSITIVE, "sample_rate": real(0, 1, above=True)}
+NEWER = ENTRY | {"version": whole(2, 2)}
+NORMALISED = [[], ["casefold"], ["strip_zeros"], ["casefold", "strip_zeros"]]
 ENTRIES = {
     "begin": ENTRY
     | STEP
@@ -431,7 +434,20 @@ ENTRIES = {
         "set": HEX16,
     },
     "settle": ENTRY | {"kind": {"settle"}, "reservation": HEX32},
+    "code": NEWER | {"kind": {"code"}, "run": HEX16, "code": HEX32},
+    "end": NEWER | {"kind": {"end"}, "run": HEX16},
+    "clock": NEWER | {"kind": {"clock"}},
 }
+BEGIN_2 = ENTRIES["begin"] | {"code": HEX32, "patients": lambda v: isinstance(v, list) and v in NORMALISED}
+
+
+def form_of_entry(entry: Json) -> Any:
+    """By kind and version."""
+    if entry.get("kind") == "begin" and entry.get("version") == 2:
+        return BEGIN_2
+    return ENTRIES.get(str(entry.get("kind")), {"kind": set(ENTRIES)})
+
+
 NOTE = {"id": NAME, "text": WORDS, "because": WORDS}
 LIMIT = {"epsilon": POSITIVE, "delta": is_fraction}
 ESTIMATE = {"library": PLAIN, "epsilon": EPSILON}
@@ -735,11 +751,14 @@ class Ledger:
         previous = "0" * 64
         for number, item in enumerate(body["ledger"]["entries"], 1):
             entry, where = item["entry"], f"entry {number}"
-            check_form(entry, ENTRIES.get(str(entry.get("kind")), {"kind": set(ENTRIES)}), where)
+            check_form(entry, form_of_entry(entry), where)
             data = LABELS["ledger-entry"] + canonical(entry)
             follows = (entry["number"], entry["previous"]) == (number, previous)
             need(follows, f"{where} does not follow the one before it")
-            need(not self.entries or entry["at"] >= self.entries[-1]["at"], f"{where} is older than the one before it")
+            before = self.entries[-1] if self.entries else entry
+            need(entry["version"] >= before["version"], f"{where} is of an older version than the one before it")
+            behind = entry["at"] < before["at"]  # only a clock that was set right may be
+            need(behind == (entry["kind"] == "clock"), f"{where} and the one before it are not in the order of times")
             need(signed_by(entry["key"], item["signature"], data), f"{where} is not signed by its key")
             previous = hashlib.sha256(data).hexdigest()
             self._take(entry, previous, where)
@@ -752,6 +771,8 @@ class Ledger:
         self.settled = self.run.settled if self.run else {}
 
     def _take(self, entry: Json, digest: str, where: str) -> None:
+        if entry["kind"] == "clock":
+            return
         if entry["kind"] == "begin":
             self._begin(entry, where)
             return
@@ -763,9 +784,16 @@ class Ledger:
         if entry["kind"] == "settle":
             need(entry["reservation"] not in found.settled, f"{where} settles what was settled before")
             found.settled[entry["reservation"]] = entry["number"]
-        elif entry["kind"] == "data":
+            return
+        need(not found.ended, f"{where} is about a run that was ended")
+        if entry["kind"] == "data":
             self._new_set(entry, where)
             found.set = entry["set"]
+        elif entry["kind"] == "code":
+            need(found.codes[-1:] != [entry["code"]], f"{where} notes the program that its run has already")
+            found.codes.append(entry["code"])
+        elif entry["kind"] == "end":
+            found.ended = True
         else:
             found.reserve(entry, digest, where)
             self.run_of[digest] = found
@@ -776,6 +804,10 @@ class Ledger:
         need(new, f"{where} begins a run that was begun before")
         units = {other.begin["unit"] for other in self.runs.values()}
         need(units <= {entry["unit"]}, f"{where} charges another unit than those before it")
+        named = entry.get("patients", [])
+        need(entry["unit"] == "patient" or not named, f"{where} names patients where the unit is a record")
+        same = all(other.begin.get("patients", []) == named for other in self.runs.values())
+        need(same, f"{where} normalises patients in another way than those before it")
         self._new_set(entry, where)
         self.runs[entry["run"]] = run
 
@@ -793,7 +825,8 @@ class Run:
     """What a ledger says of one run."""
 
     def __init__(self, begin: Json) -> None:
-        self.begin, self.set = begin, begin["set"]
+        self.begin, self.set, self.ended = begin, begin["set"], False
+        self.codes: list[str] = [begin["code"]] if "code" in begin else []  # of the programs that were to train it
         self.of = begin["silo"], begin["plan"], begin["roster"]
         self.reserved: dict[str, Json] = {}
         self.settled: dict[str, int] = {}  # reservation: number of the entry
@@ -805,6 +838,7 @@ class Run:
         steps = begin["steps_per_round"] * begin["releases"]
         event = entry["noise_multiplier"], entry["sample_rate"], entry["steps"], entry["set"]
         same = event == (begin["noise_multiplier"], begin["sample_rate"], steps, self.set)
+        need(entry["version"] == 1 or bool(self.codes), f"{where} does not say which program trains")
         need(same and entry["round"] <= begin["rounds"], f"{where} reserves something else than its run began with")
         retrains = len(self.reserved) + 1 - len(rounds)
         need(entry["retrain"] == retrains <= begin["max_retrains"], f"{where} miscounts the retrains, or has too many")
@@ -1061,6 +1095,7 @@ def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
         second[body["accounting"]["agree"]],
         "ledger" if body["ledger"]["receipts"] else "ledger-unreceipted",
         "second-ledger",
+        *(["clock"] if any(entry["kind"] == "clock" for entry in ledger.entries) else []),
         "code",
         tested,
         "floating-point",

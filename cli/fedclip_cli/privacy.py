@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from fedclip_cli.console import FILE, FOLDER, Command, out, printable
+from fedclip_cli.console import FILE, FOLDER, Command, err, out, printable
 from fedclip_secure.config.silo import read_silo
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.pki.identity import Identity
@@ -30,21 +31,32 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.command(cls=Command, epilog="Example: fedclip-silo budget")
 @_CONFIG
 @_JSON
-def budget(path: Path, as_json: bool) -> None:
+@click.option(
+    "--end",
+    "federation",
+    metavar="FEDERATION",
+    help="End this silo's unfinished runs of a federation, for good: what was kept for them is free.",
+)
+@click.option(
+    "--clock-was-wrong", is_flag=True, help="Note that the clock was ahead when the ledger's newest entry was written."
+)
+def budget(path: Path, as_json: bool, federation: str | None, clock_was_wrong: bool) -> None:
     """What was spent of this organisation's privacy budget, by which run, and what is left.
 
-    For this house alone: the numbers of units follow from the data.
+    For this house alone: the numbers of units follow from the data. It may be asked while `train` runs.
     """
-    from fedclip_secure.silo.account import cap_of, ledger_exists, note_of, open_ledger
+    from fedclip_secure.silo.account import cap_of, end_runs, existing_ledger, mend_clock
 
     config = read_silo(path)
-    if not ledger_exists(config) and not note_of(config).exists():
-        raise ConfigError(f"{config.ledger}: there is no ledger; `ledger` in {path} names it, and `train` begins it")
-    ledger = open_ledger(config, Identity.load(Path(config.identity)))
-    try:
+    identity = Identity.load(Path(config.identity))
+    if clock_was_wrong:
+        mend_clock(config, identity)
+        err.print("noted and signed: the clock was ahead. The report will say so")
+    if federation is not None:
+        freed = end_runs(config, identity, federation)
+        err.print(f"ended: nothing more is paid for in {federation}; {freed} round(s) are free again", markup=False)
+    with closing(existing_ledger(config, identity)) as ledger:
         account = ledger.account(cap_of(config.policy))
-    finally:
-        ledger.close()
     if as_json:
         click.echo(json.dumps(account.as_json()))
     else:
@@ -144,10 +156,17 @@ def _print_account(account: Account) -> None:
         return
     out.print(
         f"over all runs, for the unit that was charged most: epsilon {life.epsilon:.4g} of {life.cap_epsilon:g} "
-        f"(delta {life.cap_delta:g}, RDP filter); {100 * life.left:.0f} % of the budget is left, "
-        f"{life.rounds_left} more round(s) like the last run's",
+        f"({100 * life.share:.0f} %) spent (delta {life.cap_delta:g}, RDP filter); "
+        f"{life.rounds_left} more round(s) like the last run's fit",
         markup=False,
     )
+    held = [f"{run.federation} ({run.silo}): {run.held} round(s)" for run in account.runs if run.held]
+    if held:
+        out.print(
+            f"beside what is kept for unfinished runs, which may bring it to epsilon {life.epsilon_held:.4g}: "
+            f"{', '.join(held)}; `fedclip-silo budget --end FEDERATION` frees what nobody will train any more",
+            markup=False,
+        )
     out.print(
         "(the filter holds over plans that are chosen after seeing results, so its figure is not the runs' own: "
         "each of these is of one plan alone, by PLD)",
@@ -158,7 +177,7 @@ def _print_account(account: Account) -> None:
 
 def _run_cells(run: RunAccount) -> list[str]:
     return [
-        f"{run.federation} ({run.silo}), {run.unit}s",
+        f"{run.federation} ({run.silo}), {run.unit}s{', ended' if run.ended else ''}",
         f"{len(run.trained)} of {run.rounds}",
         f"{run.retrains} of {run.max_retrains}",
         str(run.without_result),

@@ -25,6 +25,7 @@ from fedclip_secure.pki.keys import spki_sha256
 from fedclip_secure.pki.roster import readable_fingerprint
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo.account import about_ledger
 from fedclip_secure.silo.adapters import GLOBAL, choose
 from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted
@@ -87,6 +88,8 @@ def accept(path: Path, yes: bool) -> None:
     offer, text_features = run(_fetch_offer(identity, Path(config.workdir)))
     terms = Terms.of(offer.contract, offer.roster)
     _show_offer(offer, terms, identity)
+    if offer.contract.plan.privacy is not None:
+        out.print(about_ledger(config, identity), markup=False)
     check_policy(config.policy, offer.contract, terms, identity.name)
     check_own_key(offer.roster, identity)
     if not yes and not click.confirm(_QUESTION):

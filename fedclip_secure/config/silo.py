@@ -6,17 +6,38 @@ import json
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fedclip_secure.config.fields import Name, Number, Pin, Strict, Text, read_model
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.files import write_atomically
-from fedclip_secure.names import MAX_SILOS, MIN_SILOS
+from fedclip_secure.names import MAX_SILOS, MIN_SILOS, Normalisation
 
 Precision = Literal["fp32", "bf16", "fp16"]  # of the encoder; changes the features a little, so the cache keeps each
+
+
+def _named(value: object) -> object:
+    return {"file": value} if isinstance(value, str) else value
+
+
+class PatientIds(Strict):
+    """Which ids of patients are the same."""
+
+    normalise: list[Normalisation] = Field(default_factory=list)  # none: ids are taken as they are
+
+    @field_validator("normalise")
+    @classmethod
+    def _in_order(cls, names: list[Normalisation]) -> list[Normalisation]:
+        return [name for name in get_args(Normalisation) if name in names]
+
+
+class PatientFile(PatientIds):
+    """Whose the images are: a CSV file of path and patient. In silo.yaml its name alone will do."""
+
+    file: Text
 
 
 class FolderData(Strict):
@@ -24,7 +45,7 @@ class FolderData(Strict):
 
     format: Literal["folder"]
     path: Text
-    patients: Text | None = None  # CSV file of path and patient; None: each image is a unit of its own
+    patients: Annotated[PatientFile, BeforeValidator(_named)] | None = None  # None: each image is a unit of its own
     absent_classes: list[str] = Field(default_factory=list)  # classes of the plan that this silo knows it lacks
     strict: bool = False  # a broken image stops the run; else it is named and left out
 
@@ -35,6 +56,7 @@ class ManifestData(Strict):
     format: Literal["manifest"]
     path: Text
     root: Text | None = None  # where the paths begin; None: the folder of the CSV file
+    patients: PatientIds = PatientIds()
     absent_classes: list[str] = Field(default_factory=list)
     strict: bool = False
 
@@ -86,6 +108,15 @@ class SiloConfig(Strict):
     roster: Pin | None = None
     policy: Policy = Policy()
 
+    @model_validator(mode="after")
+    def _with_a_ledger(self) -> SiloConfig:
+        if self.policy.max_epsilon is not None and "ledger" not in self.model_fields_set:
+            raise ValueError(
+                "`policy.max_epsilon` needs `ledger`: a limit holds over all runs only where all are written into one "
+                "ledger; name one folder for the whole organisation, outside of this federation's own"
+            )
+        return self
+
 
 def read_silo(path: Path) -> SiloConfig:
     """Read `silo.yaml`; relative paths in it count from its own folder.
@@ -120,9 +151,11 @@ def for_extraction(config: SiloConfig, precision: Precision | None, strict: bool
 
 
 def _located(data: Data, home: Path) -> Data:
-    keys = ("path", "patients", "root")
-    given = {key: getattr(data, key, None) for key in keys}
-    return data.model_copy(update={key: _absolute(home, value) for key, value in given.items() if value is not None})
+    given = {key: getattr(data, key, None) for key in ("path", "root")}
+    paths: dict[str, object] = {key: _absolute(home, value) for key, value in given.items() if value is not None}
+    if isinstance(data, FolderData) and data.patients is not None:
+        paths["patients"] = data.patients.model_copy(update={"file": _absolute(home, data.patients.file)})
+    return data.model_copy(update=paths)
 
 
 def write_config(path: Path, config: SiloConfig) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedclip_secure import canonical
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, near, some
 from fedclip_secure.data.dataset import ImageFile
+from fedclip_secure.data.patients import normalised, warn_of_likes
 from fedclip_secure.errors import DataError
+from fedclip_secure.names import Normalisation
 
 _LISTED_FAULTS = 10
 
@@ -28,12 +30,17 @@ class _Row:
 
 
 def read_manifest(
-    path: Path, root: Path, classes: Sequence[str], absent_classes: Sequence[str] = ()
+    path: Path,
+    root: Path,
+    classes: Sequence[str],
+    absent_classes: Sequence[str] = (),
+    normalise: Collection[Normalisation] = (),
 ) -> list[ImageFile]:
     """Read `path,label[,patient]`: image file under `root`, class folder of the plan, patient; in the file's order.
 
     UTF-8, with or without a byte order mark, with any line ends. Without a patient column each image is
-    a unit of its own. `absent_classes` are the plan's classes that need no row.
+    a unit of its own. `absent_classes` are the plan's classes that need no row, `normalise` is what ids of patients
+    may differ in; those that differ in more of the kind are named in the log.
 
     Raises:
         DataError: not such a file; faulty rows, the first ten by line; a class without any row.
@@ -48,11 +55,16 @@ def read_manifest(
     missing = [name for name in classes if name not in {row.label for row in rows} and name not in absent_classes]
     if missing:
         raise DataError(f"{path}: no image of class(es) {some(missing)}; add some, or {NAME_ABSENT}")
-    return [ImageFile(Path(row.path), numbers[row.label], _unit(row.patient)) for row in rows]
+    warn_of_likes(path, (row.patient for row in rows), normalise)
+    return [ImageFile(Path(row.path), numbers[row.label], _unit(row.patient, normalise)) for row in rows]
 
 
-def with_patients(files: Sequence[ImageFile], path: Path, root: Path) -> list[ImageFile]:
+def with_patients(
+    files: Sequence[ImageFile], path: Path, root: Path, normalise: Collection[Normalisation] = ()
+) -> list[ImageFile]:
     """`files` with the units that `path,patient` rows give them; rows of other files are ignored.
+
+    `normalise` is as for `read_manifest`.
 
     Raises:
         DataError: not such a file; faulty rows; images that no row names, the first ten.
@@ -66,11 +78,12 @@ def with_patients(files: Sequence[ImageFile], path: Path, root: Path) -> list[Im
             f"{path}: names no patient for {len(lost)} image(s), first {lost[0]}; "
             "add a row for each, for a patient's images must not be torn apart"
         )
-    return [replace(file, unit=_unit(patients[os.path.normpath(file.path)])) for file in files]
+    warn_of_likes(path, patients.values(), normalise)
+    return [replace(file, unit=_unit(patients[os.path.normpath(file.path)], normalise)) for file in files]
 
 
-def _unit(patient: str) -> bytes | None:
-    return canonical.digest("fedclip/v1/patient", patient) if patient else None
+def _unit(patient: str, normalise: Collection[Normalisation]) -> bytes | None:
+    return canonical.digest("fedclip/v1/patient", normalised(patient, normalise)) if patient else None
 
 
 def _rows(

@@ -68,15 +68,24 @@ def lock_epoch(path: Path) -> TextIO:
     Raises:
         DataError: one does, maybe in another workdir; or the disk refuses.
     """
+    refusal = f"{path.parent}: another fedclip-silo works under this identity; wait for it, or stop it"
     try:
-        file = path.with_name(f"{path.name}.lock").open("w", encoding="ascii")
+        return lock_file(path.with_name(f"{path.name}.lock"), refusal)
     except OSError as error:
         raise DataError(f"{path.parent}: cannot be written ({error.strerror}); fix its owner") from error
+
+
+def lock_file(path: Path, refusal: str) -> TextIO:
+    """Hold the lock of a file, made if it is missing, while what is returned is open.
+
+    Raises:
+        DataError: `refusal`, where another process holds it.
+        OSError: the disk refuses.
+    """
+    file = path.open("w", encoding="ascii")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise DataError(
-            f"{path.parent}: another fedclip-silo works under this identity; wait for it, or stop it"
-        ) from error
+        raise DataError(refusal) from error
     return file

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +40,20 @@ class RunAccount:
     delta: float
     epsilon: float  # of what was reserved
     epsilon_at_most: float  # of all that the run may still reserve besides
+    held: int  # rounds that are kept for it from other runs
+    ended: bool  # nothing can be reserved in it any more
 
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
     """All runs together, as the cap's filter counts them, for the unit that was charged most."""
 
-    epsilon: float
+    epsilon: float  # spent
     cap_epsilon: float
     cap_delta: float
-    left: float  # share of the cap's budget, 0 to 1
-    rounds_left: int  # as those of the newest run; 0 before the first
+    share: float  # `epsilon` of `cap_epsilon`
+    epsilon_held: float  # once unfinished runs have spent all that is kept for them, for the unit that then has most
+    rounds_left: int  # as those of the newest run, beside what is kept; 0 before the first
     units: int  # that were ever in a set
     exhausted: int  # of these, units that could not pay for one more such round
 
@@ -64,17 +70,36 @@ class Account:
         return dataclasses.asdict(self)
 
 
-def account_of(chain: Chain, charges: Charges, cap: Cap | None) -> Account:
-    """The account of a checked chain and its units' charges."""
+def account_of(chain: Chain, charges: Charges, committed: Charges, cap: Cap | None) -> Account:
+    """The account of a checked chain, its units' charges, and these with what is kept for unfinished runs."""
     runs = tuple(chain.runs.values())
     newest = runs[-1].begin.per_round if runs else None
-    return Account(tuple(map(_run_account, runs)), None if cap is None else _lifetime(charges, cap, newest))
+    return Account(tuple(map(_run_account, runs)), None if cap is None else _lifetime(charges, committed, cap, newest))
+
+
+def holders(runs: Iterable[Run]) -> str:
+    """Runs that have room kept for them, for a person: which federation, at which silo, how many rounds."""
+    return ", ".join(f"{run.begin.federation} at {run.begin.silo}: {run.held} round(s)" for run in runs)
+
+
+def remembered(chain: Chain, units: int) -> str | None:
+    """How old a ledger is, and what it knows; None before its first entry."""
+    if not chain.entries:
+        return None
+    first, newest = (
+        time.strftime("%Y-%m-%d", time.gmtime(entry.at)) for entry in (chain.entries[0], chain.entries[-1])
+    )
+    runs = Counter(run.begin.federation for run in chain.runs.values())
+    named = ", ".join(f"{count} of {federation}" for federation, count in runs.items())
+    unit = next(iter(chain.runs.values())).begin.unit
+    return f"first entry {first}, newest {newest}; it remembers {runs.total()} run(s) ({named}) and {units} {unit}(s)"
 
 
 def _run_account(run: Run) -> RunAccount:
     begin, one = run.begin, run.begin.per_round
     rounds = [reserve.round for entry, reserve in run.reservations.items() if entry in run.settled]
-    made, most = len(run.reservations), begin.rounds + begin.max_retrains
+    made = len(run.reservations)
+    most = made + run.left
     return RunAccount(
         silo=begin.silo,
         federation=begin.federation,
@@ -92,21 +117,24 @@ def _run_account(run: Run) -> RunAccount:
         steps_at_most=one.steps * most,
         delta=begin.delta,
         epsilon=_epsilon(dataclasses.replace(one, steps=one.steps * made), begin.delta) if made else 0.0,
-        epsilon_at_most=_epsilon(dataclasses.replace(one, steps=one.steps * most), begin.delta),
+        epsilon_at_most=_epsilon(dataclasses.replace(one, steps=one.steps * most), begin.delta) if most else 0.0,
+        held=run.held,
+        ended=run.ended,
     )
 
 
-def _lifetime(charges: Charges, cap: Cap, newest: Event | None) -> Lifetime:
-    spent = charges.spent(cap)
-    most = float(spent.max(initial=0.0))
+def _lifetime(charges: Charges, committed: Charges, cap: Cap, newest: Event | None) -> Lifetime:
+    spent, kept = charges.spent(cap), committed.spent(cap)
+    epsilon, most = cap.epsilon_of(float(spent.max(initial=0.0))), float(kept.max(initial=0.0))
     return Lifetime(
-        epsilon=cap.epsilon_of(most),
+        epsilon=epsilon,
         cap_epsilon=cap.epsilon,
         cap_delta=cap.delta,
-        left=max(0.0, 1.0 - most / cap.budget),
+        share=epsilon / cap.epsilon,
+        epsilon_held=cap.epsilon_of(most),
         rounds_left=cap.rounds_that_fit(most, newest) if newest else 0,
         units=len(spent),
-        exhausted=int((charges.spent(cap, newest) > cap.budget).sum()) if newest else 0,
+        exhausted=int((committed.spent(cap, newest) > cap.budget).sum()) if newest else 0,
     )
 
 

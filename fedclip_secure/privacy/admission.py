@@ -55,25 +55,35 @@ def fitting(mine: Numbers, charges: Charges, need: Need, cap: Cap | None) -> npt
     return fits
 
 
-def nobody_fits(mine: Numbers, charges: Charges, need: Need, cap: Cap | None) -> PolicyError:
-    """Why no unit can take part, what would fit, and what to do."""
+def nobody_fits(
+    mine: Numbers, charges: Charges, committed: Charges, need: Need, cap: Cap | None, *, held_by: str
+) -> PolicyError:
+    """Why no unit can take part, what would fit, and what to do. `committed` has what unfinished runs hold, too."""
     if cap is None or need.total is None:
         return PolicyError("every unit of the data was left out when the run began; restore the data of the run")
-    spent = float(charges.spent(cap)[mine].min())
-    return PolicyError(f"no unit can take part: {in_words(cap, need, spent)}")
+    taken = committed.spent(cap)[mine]
+    least = int(taken.argmin())
+    spent = float(charges.spent(cap)[mine][least])
+    return PolicyError(f"no unit can take part: {in_words(cap, need, spent, float(taken[least]), held_by)}")
 
 
-def in_words(cap: Cap, need: Need, spent: float = 0.0) -> str:
-    """What a plan would cost a unit that has spent so much (RDP at the cap's order), and what would fit instead."""
+def in_words(cap: Cap, need: Need, spent: float = 0.0, taken: float = 0.0, held_by: str = "") -> str:
+    """What a plan would cost a unit that has spent so much (RDP at the cap's order), and what would fit instead.
+
+    `taken` is what is spent or held by unfinished runs, which `held_by` names.
+    """
     total = need.total
     if total is None:
         return "nothing of the plan is left"
     least = f"the unit charged least has spent ε {cap.epsilon_of(spent):.4g}" if spent > 0 else "nothing is spent yet"
-    rounds, sigma = cap.rounds_that_fit(spent, need.per_round), cap.sigma_that_fits(spent, total)
+    if held_by:
+        least += f", unfinished runs hold what may bring it to ε {cap.epsilon_of(taken):.4g} ({held_by})"
+    rounds, sigma = cap.rounds_that_fit(taken, need.per_round), cap.sigma_that_fits(taken, total)
+    free = "; free what is held by a run that nobody goes on with (`fedclip-silo budget --end FEDERATION`)"
     return (
         f"policy.max_epsilon is {cap.epsilon:g} (delta {cap.delta:g}), {least}, and the plan's {need.rounds} rounds "
-        f"(retrains included) would bring it to ε {cap.epsilon_of(spent + cap.cost((total,))):.4g}, counted over all "
+        f"(retrains included) would bring it to ε {cap.epsilon_of(taken + cap.cost((total,))):.4g}, counted over all "
         f"plans at the one order that this limit allows, which is stricter than the plan's own figure; {rounds} such "
-        f"rounds would fit, or {'no noise_multiplier' if sigma is None else f'all with noise_multiplier {sigma:g}'}; "
-        "ask the coordinator for such a plan, or sit this one out"
+        f"rounds would fit, or {'no noise_multiplier' if sigma is None else f'all with noise_multiplier {sigma:g}'}"
+        f"{free if held_by else ''}; ask the coordinator for such a plan, or sit this one out"
     )

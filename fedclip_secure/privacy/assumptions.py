@@ -21,6 +21,7 @@ class Evidence:
     features: str | None  # as the ledger has it; None: nothing was begun
     limit: bool
     every_run_fits: bool  # even a unit in every run of the ledger is within the limit
+    clock_was_wrong: bool = False  # as the ledger has it
 
 
 def assumptions(plan: FederationPlan, evidence: Evidence) -> list[Assumption]:
@@ -33,6 +34,7 @@ def assumptions(plan: FederationPlan, evidence: Evidence) -> list[Assumption]:
         _SECOND_ACCOUNTANT[evidence.agree],
         _LEDGER[evidence.receipts],
         _SECOND,
+        *([_CLOCK] if evidence.clock_was_wrong else []),
         _CODE,
         _MECHANISM[evidence.self_tests],
         _FLOATING_POINT,
@@ -105,6 +107,12 @@ _SECOND = _of(
     "Nothing was trained beside this ledger",
     "stated",
     "No file can show it. The silo says so with its signature.",
+)
+_CLOCK = _of(
+    "clock",
+    "The times in the ledger are those of the entries",
+    "open",
+    "The silo declared that its clock had been wrong. Times before that say nothing, nor do ages made of them.",
 )
 _CODE = _of(
     "code",

@@ -1,6 +1,7 @@
 """The entries of a ledger: typed, hashed, chained, signed, and the rules that a chain of them keeps.
 
 Nothing in an entry depends on the data: a set of units goes by a random name. Bytes are lowercase hex digits.
+A ledger that version 0.1 wrote (entries of version 1) is gone on with by entries of version 2, and never back.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from fedclip_secure.config.fields import Name, Sha256, Strict
 from fedclip_secure.errors import TrustError
+from fedclip_secure.names import Normalisation
 from fedclip_secure.privacy.canonical_json import decode, encode
 from fedclip_secure.privacy.events import Event
 
-VERSION = 1
+VERSION = 2  # of what is written; 1 is still read
 FIRST = "0" * 64  # what the first entry has as the hash of the one before
 _LABEL = b"fedclip/v1/ledger-entry\x00"
 
@@ -36,17 +38,24 @@ Hex16 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Real = Annotated[float, BeforeValidator(_real)]
 Counter = Annotated[int, Field(ge=1, le=2**53)]
 Time = Annotated[int, Field(ge=0, le=2**53)]  # seconds since 1970
+_SINCE_2 = {"code", "patients"}  # fields of a begin entry
 
 
 class _Entry(Strict):
     """What every entry has."""
 
-    version: Annotated[int, Field(ge=VERSION, le=VERSION)]
+    version: Annotated[int, Field(ge=1, le=VERSION)]
     number: Counter
     previous: Sha256  # hash of the entry before
     at: Time
     silo: Name
     key: Sha256  # Ed25519 public key of the signer
+
+
+class _NewerEntry(_Entry):
+    """Of a kind that version 1 did not have."""
+
+    version: Annotated[int, Field(ge=2, le=VERSION)]
 
 
 class Begin(_Entry):
@@ -69,6 +78,25 @@ class Begin(_Entry):
     update_divisor: Annotated[Real, Field(gt=0)]
     delta: Annotated[Real, Field(gt=0, lt=1)]
     features: Literal["computed here", "stated to be per record"]
+    code: Sha256 | None = None  # of the program that is to train; from version 2 on, as `patients`
+    patients: list[Normalisation] | None = None  # what was done to patients' ids; nothing where units are records
+
+    @model_validator(mode="after")
+    def _of_its_version(self) -> Begin:
+        if self.model_fields_set & _SINCE_2 != (_SINCE_2 if self.version > 1 else set()):
+            raise ValueError("code and patients go with version 2, and only with it")
+        if self.version > 1 and (self.code is None or self.patients is None):
+            raise ValueError("code or patients is null")
+        if self.normalised != [name for name in get_args(Normalisation) if name in self.normalised]:
+            raise ValueError("patients are not in order, or twice")
+        if self.unit == "record" and self.normalised:
+            raise ValueError("patients are named where the unit is a record")
+        return self
+
+    @property
+    def normalised(self) -> list[Normalisation]:
+        """What was done to patients' ids; version 1 left them as they were."""
+        return self.patients or []
 
     @property
     def per_round(self) -> Event:
@@ -110,7 +138,28 @@ class Settle(_Entry):
     reservation: Sha256  # hash of the reserve entry
 
 
-Entry = Begin | Data | Reserve | Settle
+class Code(_NewerEntry):
+    """From here on another program trains the run."""
+
+    kind: Literal["code"]
+    run: Hex16
+    code: Sha256
+
+
+class End(_NewerEntry):
+    """Nothing is reserved in the run any more."""
+
+    kind: Literal["end"]
+    run: Hex16
+
+
+class Clock(_NewerEntry):
+    """The signer's word that the clock was ahead at the entries before; only this one may be older than they are."""
+
+    kind: Literal["clock"]
+
+
+Entry = Begin | Data | Reserve | Settle | Code | End | Clock
 _PARSER: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
 
 
@@ -156,7 +205,8 @@ def _parse(data: bytes) -> Entry:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][1:]) or "the whole"
-        raise TrustError(f"it is no entry of a ledger ({key}: {first['msg']})") from error
+        fact = first["msg"].removeprefix("Value error, ")
+        raise TrustError(f"it is no entry of a ledger ({key}: {fact})") from error
 
 
 @functools.lru_cache(maxsize=256)
@@ -173,6 +223,18 @@ class Run:
     reservations: dict[str, Reserve] = field(default_factory=dict)  # by hash, in order
     settled: set[str] = field(default_factory=set)  # hashes of reservations
     rounds: set[int] = field(default_factory=set)  # that were ever reserved
+    later_codes: list[str] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Hashes of all programs that were to train it, in order, as far as entries name them: version 1 did not."""
+        return (*([self.begin.code] if self.begin.code else []), *self.later_codes)
+
+    @property
+    def trained(self) -> set[int]:
+        """Rounds that were settled."""
+        return {self.reservations[entry].round for entry in self.settled}
 
     @property
     def retrains(self) -> int:
@@ -180,9 +242,27 @@ class Run:
         return len(self.reservations) - len(self.rounds)
 
     @property
+    def retrains_left(self) -> int:
+        """How often a round may still be reserved again."""
+        return self.begin.max_retrains - self.retrains
+
+    def may_train(self, round_number: int) -> bool:
+        """Whether its terms allow this round, for the first time or again."""
+        known = 1 <= round_number <= self.begin.rounds and not self.ended
+        return known and (round_number not in self.rounds or self.retrains_left > 0)
+
+    @property
     def left(self) -> int:
         """How many reservations its terms still allow."""
-        return self.begin.rounds + self.begin.max_retrains - len(self.reservations)
+        return 0 if self.ended else self.begin.rounds + self.begin.max_retrains - len(self.reservations)
+
+    @property
+    def held(self) -> int:
+        """How many reservations are kept for it from other runs: none once every round of it was trained.
+
+        It may then still train one again, if others leave room for that.
+        """
+        return 0 if len(self.trained) == self.begin.rounds else self.left
 
 
 class Chain:
@@ -221,60 +301,70 @@ class Chain:
             raise TrustError(f"entry {len(self.entries) + 1} of the ledger: {error}") from error
         return entry
 
-    def append(self, signed: SignedEntry) -> Entry:
-        """Check the next entry, and take it.
-
-        Raises:
-            TrustError: as `check`.
-        """
-        entry, digest = self.check(signed), signed.hash
+    def take(self, signed: SignedEntry, entry: Entry) -> None:
+        """Take the next entry, which `check` has returned."""
+        digest = signed.hash
         self.entries.append(entry)
         self.signed.append(signed)
         self._head = digest.hex()
         self.numbers[digest] = entry.number
-        self._take(entry)
-        return entry
-
-    def _take(self, entry: Entry) -> None:
-        if isinstance(entry, Settle):
-            self._reserved[entry.reservation].settled.add(entry.reservation)
-            return
-        self._sets.add(entry.set)
         if isinstance(entry, Begin):
+            self._sets.add(entry.set)
             run = self.runs[entry.run] = Run(entry, [entry.set])
             self._begun[entry.silo, entry.plan, entry.roster] = run
-            return
-        run = self.runs[entry.run]
+        elif isinstance(entry, Settle):
+            self._reserved[entry.reservation].settled.add(entry.reservation)
+        elif not isinstance(entry, Clock):
+            self._take_of_run(entry, self.runs[entry.run])
+
+    def _take_of_run(self, entry: Data | Reserve | Code | End, run: Run) -> None:
         if isinstance(entry, Data):
+            self._sets.add(entry.set)
             run.sets.append(entry.set)
-            return
-        run.reservations[self._head] = entry
-        run.rounds.add(entry.round)
-        self._reserved[self._head] = run
+        elif isinstance(entry, Reserve):
+            run.reservations[self._head] = entry
+            run.rounds.add(entry.round)
+            self._reserved[self._head] = run
+        elif isinstance(entry, Code):
+            run.later_codes.append(entry.code)
+        else:
+            run.ended = True
 
     def _check_place(self, entry: Entry) -> None:
         if entry.number != len(self.entries) + 1:
             raise TrustError(f"it says that it is number {entry.number}: entries are missing or in another order")
         if entry.previous != self._head:
             raise TrustError("it does not follow the entry before it: one of the two was edited or exchanged")
-        if self.entries and entry.at < self.entries[-1].at:
-            raise TrustError("it is older than the entry before it")
+        before = self.entries[-1] if self.entries else entry
+        if entry.version < before.version:
+            raise TrustError("it is of an older version than the entry before it")
+        if isinstance(entry, Clock) != (entry.at < before.at):
+            fact = "not older" if isinstance(entry, Clock) else "older"
+            raise TrustError(f"it is {fact} than the entry before it")
 
     def _check_run(self, entry: Entry) -> None:
+        if isinstance(entry, Clock):
+            return
         if isinstance(entry, Begin):
             self._check_begin(entry)
             return
         run = self._run_of(entry)
         if (entry.silo, entry.key) != (run.begin.silo, run.begin.key):
             raise TrustError("it is about a run that another silo or another key began")
+        if isinstance(entry, Settle):
+            if entry.reservation in run.settled:
+                raise TrustError("it settles what was settled before")
+            return
+        if run.ended:
+            raise TrustError("it is about a run that was ended before")
         if isinstance(entry, Reserve):
             _check_reserve(entry, run)
         elif isinstance(entry, Data):
             self._check_new_set(entry.set)
-        elif entry.reservation in run.settled:
-            raise TrustError("it settles what was settled before")
+        elif isinstance(entry, Code) and entry.code == next(reversed(run.codes), None):
+            raise TrustError("it notes the program that its run has already")
 
-    def _run_of(self, entry: Data | Reserve | Settle) -> Run:
+    def _run_of(self, entry: Data | Reserve | Settle | Code | End) -> Run:
         run = self._reserved.get(entry.reservation) if isinstance(entry, Settle) else self.runs.get(entry.run)
         if run is None:
             raise TrustError("it is about a run or a reservation that is not here")
@@ -286,6 +376,8 @@ class Chain:
         first = next(iter(self.runs.values()), None)
         if first is not None and first.begin.unit != entry.unit:
             raise TrustError(f"it charges each {entry.unit}, and the entries before it each {first.begin.unit}")
+        if first is not None and first.begin.normalised != entry.normalised:
+            raise TrustError("it normalises patients' ids in another way than the entries before it")
         self._check_new_set(entry.set)
 
     def _check_new_set(self, name: str) -> None:
@@ -299,6 +391,8 @@ def _check_reserve(entry: Reserve, run: Run) -> None:
         raise TrustError("it reserves something else than its run began with")
     if entry.retrain != run.retrains + (entry.round in run.rounds):
         raise TrustError("it does not count how often its run has trained again")
+    if entry.version > 1 and not run.codes:
+        raise TrustError("it does not say which program trains")
     if entry.retrain > begin.max_retrains:
         raise TrustError(f"its run trains again more often than the {begin.max_retrains} times that it began with")
 
@@ -313,5 +407,5 @@ def chain_of(entries: Iterable[SignedEntry]) -> Chain:
     """
     chain = Chain()
     for signed in entries:
-        chain.append(signed)
+        chain.take(signed, chain.check(signed))
     return chain

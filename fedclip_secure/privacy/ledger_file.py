@@ -24,6 +24,7 @@ _TABLES = (
     "CREATE TABLE sets (name BLOB PRIMARY KEY, admitted BLOB NOT NULL, left_out BLOB NOT NULL, code BLOB NOT NULL)",
     "CREATE TABLE units (number INTEGER PRIMARY KEY, pseudonym BLOB NOT NULL)",
 )
+_PATIENCE = 10  # seconds; another process holds the database for the length of one write
 RESTORE = "restore the newest backup of the whole folder: the coordinator's receipts tell whether it is new enough"
 
 
@@ -36,9 +37,9 @@ class StoredSet:
 
 
 class LedgerFile:
-    """`ledger.sqlite` and `units.key` in a folder, made on first use; no other process can use them meanwhile.
+    """`ledger.sqlite` and `units.key` in a folder, made on first use; several processes may use them at once.
 
-    Every method raises DataError where the disk or the database refuses.
+    Every method raises DataError where the disk or the database refuses, or another process holds it for long.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +59,7 @@ class LedgerFile:
                 sync_folder(folder.parent)
             self.path.touch(mode=0o600)
             # Training has a thread of its own, and pays from there; never two threads at once.
-            self._sql = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+            self._sql = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             with self._usable():
                 self._prepare()
@@ -68,73 +69,81 @@ class LedgerFile:
             raise
 
     def close(self) -> None:
-        """Close the database, and let others use it."""
+        """Close the database."""
         self._sql.close()
 
-    def entries(self) -> list[SignedEntry]:
-        """All, oldest first."""
-        return [SignedEntry(*row) for row in self._blobs("entry, signature", "entries ORDER BY number")]
-
-    def units(self) -> list[bytes]:
-        """Pseudonyms, in the order of their numbers."""
-        return [pseudonym for (pseudonym,) in self._blobs("pseudonym", "units ORDER BY number")]
-
-    def sets(self) -> list[StoredSet]:
-        """All, in no order."""
-        rows = self._blobs("name, admitted, left_out, code", "sets")
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A state that no other process changes meanwhile."""
         with self._usable():
-            return [_stored_set(row) for row in rows]
+            self._sql.execute("BEGIN")
+            try:
+                yield
+            finally:
+                if self._sql.in_transaction:  # a damaged database ends it by itself
+                    self._sql.execute("ROLLBACK")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Alone with the database; all that is written inside is on the disk at the end, or nothing after an error."""
+        with self._usable():
+            self._sql.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._sql.execute("COMMIT")
+            except BaseException:
+                if self._sql.in_transaction:  # a full disk ends it by itself
+                    self._sql.execute("ROLLBACK")
+                raise
+
+    def entries(self, first: int) -> list[SignedEntry]:
+        """From this number (from 1) on, oldest first."""
+        return [SignedEntry(*row) for row in self._blobs("entry, signature", "entries", first)]
+
+    def units(self, first: int) -> list[bytes]:
+        """Pseudonyms from this number (from 0) on, in the order of their numbers."""
+        return [pseudonym for (pseudonym,) in self._blobs("pseudonym", "units", first)]
+
+    def set_named(self, name: bytes) -> StoredSet | None:
+        """The set of this name, if there is one."""
+        query = f"SELECT {_cast('name, admitted, left_out, code')} FROM sets WHERE name = ?"  # noqa: S608  # as below
+        row = self._sql.execute(query, (name,)).fetchone()
+        return None if row is None else _stored_set(row)
 
     def append(self, number: int, signed: SignedEntry) -> None:
         """Write the next entry."""
-        with self._transaction() as sql:
-            sql.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, signed.entry, signed.signature))
+        self._sql.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, signed.entry, signed.signature))
 
-    def append_with_set(self, number: int, signed: SignedEntry, stored: StoredSet, new: Sequence[bytes]) -> None:
-        """Write the next entry, the set that it names, and units (pseudonyms) that are new in it: all or nothing."""
+    def add_set(self, stored: StoredSet, known: int, new: Sequence[bytes]) -> None:
+        """Write a set, and units (pseudonyms) that are `new` in it, after so many that are known."""
         chosen = stored.units
         blobs = [numbers.astype("<u4").tobytes() for numbers in (chosen.admitted, chosen.left_out)]
-        with self._transaction() as sql:
-            (known,) = sql.execute("SELECT count(*) FROM units").fetchone()
-            sql.executemany("INSERT INTO units VALUES (?, ?)", enumerate(new, known))
-            sql.execute("INSERT INTO sets VALUES (?, ?, ?, ?)", (chosen.name, *blobs, stored.code))
-            sql.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, signed.entry, signed.signature))
+        self._sql.executemany("INSERT INTO units VALUES (?, ?)", enumerate(new, known))
+        self._sql.execute("INSERT INTO sets VALUES (?, ?, ?, ?)", (chosen.name, *blobs, stored.code))
 
     # Within
 
-    def _blobs(self, columns: str, source: str) -> list[tuple[bytes, ...]]:
-        """Rows of bytes, whatever an edit has made of their types."""
-        cast = ", ".join(f"CAST({column} AS BLOB)" for column in columns.split(", "))
-        with self._usable():
-            return self._sql.execute(f"SELECT {cast} FROM {source}").fetchall()  # noqa: S608  # constants of this class
+    def _blobs(self, columns: str, table: str, first: int) -> list[tuple[bytes, ...]]:
+        query = f"SELECT {_cast(columns)} FROM {table} WHERE number >= ? ORDER BY number"  # noqa: S608  # constants here
+        return self._sql.execute(query, (first,)).fetchall()
 
     def _open_key(self) -> bytes:
         """The key that goes with this database; it is drawn after the tables are made and before the first entry."""
-        used = self._sql.execute("SELECT EXISTS (SELECT * FROM entries)").fetchone() == (1,)
-        return load_key(self._key_path) if used or self._key_path.exists() else make_key(self._key_path)
+        if self._key_path.exists():
+            return load_key(self._key_path)
+        with self.writing():  # two processes that begin one ledger must not draw two keys
+            used = self._sql.execute("SELECT EXISTS (SELECT * FROM entries)").fetchone() == (1,)
+            return load_key(self._key_path) if used or self._key_path.exists() else make_key(self._key_path)
 
     def _prepare(self) -> None:
-        self._lock()
-        if self._is_new():
-            self._durably()
-            self._make_tables()
-        else:
-            self._durably()
-
-    def _lock(self) -> None:
-        """Keep the database to this process: two runs at once could each spend what is there once."""
-        try:
-            self._sql.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._sql.execute("BEGIN EXCLUSIVE")
-            self._sql.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-            raise DataError(f"{self.path}: another fedclip-silo uses this ledger; wait for it, or stop it") from error
-
-    def _durably(self) -> None:
+        with self.reading():
+            new = self._is_new()
         self._sql.execute("PRAGMA synchronous=EXTRA")
         self._sql.execute("PRAGMA journal_mode=TRUNCATE")
+        if new:
+            with self.writing():
+                if self._is_new():  # still, and not by another process meanwhile
+                    self._make_tables()
 
     def _is_new(self) -> bool:
         """Whether it has no tables yet. What is no sound ledger of this version is refused before a byte is written."""
@@ -155,34 +164,31 @@ class LedgerFile:
         return False
 
     def _make_tables(self) -> None:
-        with self._transaction() as sql:
-            for table in _TABLES:
-                sql.execute(table)
-            sql.execute(f"PRAGMA application_id = {_APPLICATION}")
-            sql.execute(f"PRAGMA user_version = {_VERSION}")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._usable():
-            self._sql.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._sql
-                self._sql.execute("COMMIT")
-            except BaseException:
-                if self._sql.in_transaction:  # a full disk ends it by itself
-                    self._sql.execute("ROLLBACK")
-                raise
+        for table in _TABLES:
+            self._sql.execute(table)
+        self._sql.execute(f"PRAGMA application_id = {_APPLICATION}")
+        self._sql.execute(f"PRAGMA user_version = {_VERSION}")
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                raise DataError(
+                    f"{self.path}: another process has held this ledger for {_PATIENCE} s; run again, or stop the one "
+                    "that hangs"
+                ) from error
             raise DataError(
                 f"{self.path}: cannot be used as the privacy ledger ({error}); free space or fix its owner"
             ) from error
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: is damaged as the privacy ledger ({error}); {RESTORE}") from error
+
+
+def _cast(columns: str) -> str:
+    """Bytes, whatever an edit has made of the types."""
+    return ", ".join(f"CAST({column} AS BLOB)" for column in columns.split(", "))
 
 
 def _stored_set(row: tuple[bytes, ...]) -> StoredSet:

@@ -38,7 +38,7 @@ from fedclip_secure.privacy.document import (
     as_data,
     sign_report,
 )
-from fedclip_secure.privacy.entries import Chain, Reserve, Run, Settle, SignedEntry, chain_of
+from fedclip_secure.privacy.entries import Chain, Clock, Reserve, Run, Settle, SignedEntry, chain_of
 from fedclip_secure.privacy.figures import Charges, accounting, claimed, epsilon, groups
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
@@ -231,6 +231,7 @@ def evidence(
         features=history.run.begin.features if history.run else None,
         limit=lifetime is not None,
         every_run_fits=lifetime is not None and lifetime.every_run <= lifetime.budget,
+        clock_was_wrong=any(isinstance(entry, Clock) for entry in history.chain.entries),
     )
 
 

@@ -85,16 +85,8 @@ class Members:
 class Units:
     """Every unit that was ever in a set, by its pseudonym."""
 
-    def __init__(self, key: bytes, pseudonyms: Sequence[bytes]) -> None:
-        """`pseudonyms` (32 bytes each) in the order of their numbers.
-
-        Raises:
-            TrustError: they were edited.
-        """
-        if len(set(pseudonyms)) != len(pseudonyms) or any(len(pseudonym) != 32 for pseudonym in pseudonyms):
-            raise TrustError("the table of units was edited")  # a unit with two numbers would have two accounts
+    def __init__(self, key: bytes) -> None:
         self._key, self._numbers, self._table = key, dict[bytes, int](), np.zeros((0, 32), dtype=np.uint8)
-        self.add(pseudonyms)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -108,7 +100,14 @@ class Units:
         return Members(np.array(numbers, dtype=np.uint32), new)
 
     def add(self, new: Sequence[bytes]) -> None:
-        """Keep what `members` found to be new."""
+        """Keep pseudonyms (32 bytes each) that get the next numbers.
+
+        Raises:
+            TrustError: they were edited: a unit with two numbers would have two accounts.
+        """
+        odd = any(len(pseudonym) != 32 or pseudonym in self._numbers for pseudonym in new)
+        if odd or len(set(new)) != len(new):
+            raise TrustError("the table of units was edited")
         self._table = _extended(self._table, new)
         self._numbers |= {pseudonym: number for number, pseudonym in enumerate(new, len(self))}
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from fedclip_secure.config.silo import EmbeddingsData, Policy, SiloConfig
-from fedclip_secure.errors import DataError, TrustError
-from fedclip_secure.files import write_atomically
-from fedclip_secure.names import AGGREGATOR
+from fedclip_secure.errors import ConfigError, DataError, TrustError
+from fedclip_secure.names import AGGREGATOR, Normalisation
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.ledger import Ledger, OpenRun, RunTerms
+from fedclip_secure.privacy.ledger import Ledger, OpenRun
 from fedclip_secure.privacy.receipts import open_receipt
+from fedclip_secure.privacy.software import code_sha256
+from fedclip_secure.privacy.terms import RunTerms
 from fedclip_secure.silo.pins import Accepted
 
 
@@ -41,7 +42,15 @@ def run_terms(config: SiloConfig, accepted: Accepted) -> RunTerms:
         update_divisor=privacy.update_divisor,
         delta=privacy.delta,
         features="stated to be per record" if stated else "computed here",
+        code=code_sha256(),
+        patients=_normalised(config) if privacy.unit == "patient" else (),
     )
+
+
+def _normalised(config: SiloConfig) -> tuple[Normalisation, ...]:
+    data = config.data
+    patients = None if isinstance(data, EmbeddingsData) else data.patients
+    return tuple(patients.normalise) if patients else ()
 
 
 def cap_of(policy: Policy) -> Cap | None:
@@ -53,27 +62,61 @@ def open_ledger(config: SiloConfig, identity: Identity) -> Ledger:
     """The organisation's ledger, for this silo to write into.
 
     Raises:
-        DataError: another process uses it, or the disk refuses. TrustError: it was edited, or is not the newest.
+        DataError: another process holds it for long, or the disk refuses.
+        TrustError: it was edited, or is not the newest.
     """
-    newest = _noted(note_of(config))
-    if newest is not None and not ledger_exists(config):
+    notes = _notes(config)
+    newest = [_noted(note) for note in notes]  # before the ledger: whoever writes meanwhile, it is then as new
+    if newest and not ledger_exists(config):
         raise TrustError(
-            f"{config.ledger}: is gone, and {note_of(config)} says that there was a ledger; put its newest backup "
+            f"{ledger_folder(config)}: is gone, and {notes[0]} says that there was a ledger; put its newest backup "
             "there; without it what was spent would be spent twice"
         )
-    ledger = Ledger(Path(config.ledger), identity.name, identity.sign, identity.key.public_bytes)
+    ledger = Ledger(ledger_folder(config), identity.name, identity.sign, identity.key.public_bytes)
     try:
-        if newest is not None:
-            ledger.check_newest(newest)
+        for head in newest:
+            ledger.check_newest(head)
     except BaseException:
         ledger.close()
         raise
     return ledger
 
 
+def existing_ledger(config: SiloConfig, identity: Identity) -> Ledger:
+    """As `open_ledger`, but none is begun.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not ledger_exists(config) and not _notes(config):
+        raise ConfigError(
+            f"{ledger_folder(config)}: there is no ledger; `ledger` in silo.yaml names it, and `train` begins it"
+        )
+    return open_ledger(config, identity)
+
+
+def ledger_folder(config: SiloConfig) -> Path:
+    """Where the ledger lies, links followed: what is noted of it must be found by whatever way it is named."""
+    return Path(config.ledger).resolve()
+
+
 def ledger_exists(config: SiloConfig) -> bool:
     """Whether anything was ever written into the ledger that silo.yaml names."""
-    return Path(config.ledger, "ledger.sqlite").exists()
+    return (ledger_folder(config) / "ledger.sqlite").exists()
+
+
+def about_ledger(config: SiloConfig, identity: Identity) -> str:
+    """Which ledger a run is written into, how old it is and what it remembers; none is begun."""
+    if not ledger_exists(config) and not _notes(config):
+        return _about(config, None)
+    with closing(open_ledger(config, identity)) as ledger:
+        return _about(config, ledger.remembered())
+
+
+def _about(config: SiloConfig, remembered: str | None) -> str:
+    if remembered is None:
+        return f"begins a new ledger at {ledger_folder(config)}; nothing spent before is remembered"
+    return f"ledger {ledger_folder(config)}: {remembered}"
 
 
 def note_of(config: SiloConfig) -> Path:
@@ -81,18 +124,49 @@ def note_of(config: SiloConfig) -> Path:
 
     Whatever the federation: receipts are held against the ledger within one roster alone.
     """
-    return Path(f"{config.ledger}.head")
+    return Path(f"{ledger_folder(config)}.head")
 
 
-def _noted(path: Path) -> bytes | None:
+def _notes(config: SiloConfig) -> list[Path]:
+    """Those that there are. Where `ledger` is a link, version 0.1 kept its note beside that."""
+    places = dict.fromkeys((note_of(config), Path(f"{Path(config.ledger)}.head")))
+    return [place for place in places if place.exists()]
+
+
+def end_runs(config: SiloConfig, identity: Identity, federation: str) -> int:
+    """Reserve nothing more in this silo's unfinished runs of a federation; how many rounds that frees.
+
+    Raises:
+        ConfigError: there is no ledger, or no such run.
+        DataError, TrustError: as `open_ledger`; or the clock is behind.
+    """
+    with closing(existing_ledger(config, identity)) as ledger:
+        freed = ledger.end_runs(federation)
+        ledger.note_newest(note_of(config))
+    return freed
+
+
+def mend_clock(config: SiloConfig, identity: Identity) -> None:
+    """Note in the ledger that the clock was wrong.
+
+    Raises:
+        ConfigError: there is no ledger, or its newest entry is not ahead of the clock.
+        DataError, TrustError: as `open_ledger`.
+    """
+    with closing(existing_ledger(config, identity)) as ledger:
+        ledger.mend_clock()
+        ledger.note_newest(note_of(config))
+
+
+def _noted(path: Path) -> bytes:
     try:
-        return bytes.fromhex(path.read_text("ascii").strip()) if path.exists() else None
+        return bytes.fromhex(path.read_text("ascii").strip())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); restore it, or the ledger that it stands beside") from error
 
 
 class Account:
-    """Charges one run. Holds the ledger: nobody else of the organisation can write into it meanwhile."""
+    """Charges one run. Others of the organisation may write into the ledger meanwhile."""
 
     def __init__(self, ledger: Ledger, terms: RunTerms, cap: Cap | None, aggregator: bytes, note: Path) -> None:
         self._ledger, self._terms, self._cap = ledger, terms, cap
@@ -105,15 +179,19 @@ class Account:
         """The account of the accepted run.
 
         Raises:
-            DataError: another process uses the ledger, or the disk refuses. TrustError: it was edited.
+            DataError: another process holds the ledger for long, or the disk refuses. TrustError: it was edited.
         """
         aggregator = dict(accepted.roster.members)[AGGREGATOR]
         ledger, cap = open_ledger(config, identity), cap_of(config.policy)
         return cls(ledger, run_terms(config, accepted), cap, aggregator, note_of(config))
 
     def close(self) -> None:
-        """Let others use the ledger."""
+        """Close the ledger."""
         self._ledger.close()
+
+    def about(self, config: SiloConfig) -> str:
+        """Which ledger it is, how old, and what it remembers."""
+        return _about(config, self._ledger.remembered())
 
     def check(self, receipts: Sequence[bytes], newest: bytes | None) -> None:
         """Hold the ledger against the receipts that this silo kept, and the newest that the server has.
@@ -142,7 +220,9 @@ class Account:
         terms, most = self._terms, epsilon([self._terms.total()], self._terms.delta)
         said = f"privacy: epsilon at most {most:g} (delta {terms.delta:g}) for each {terms.unit} over the whole run"
         left_out = self._opened.left_out
-        return f"{said}; {left_out} {terms.unit}(s) whose budget is spent are left out" if left_out else said
+        if left_out:
+            said += f"; {left_out} {terms.unit}(s) whose budget is spent, or held by unfinished runs, are left out"
+        return f"{said}; the run was ended, no round can be paid for" if self._opened.state.ended else said
 
     @property
     def head(self) -> bytes:
@@ -162,8 +242,13 @@ class Account:
         self._opened.settle(reservation)
         self._note_head()
 
+    def finish(self) -> None:
+        """The federation has come to its end: what was held for rounds that this silo was not in is free."""
+        self._opened.finish()
+        self._note_head()
+
     def _note_head(self) -> None:
-        write_atomically(self._note, f"{self._ledger.head.hex()}\n".encode(), 0o600)
+        self._ledger.note_newest(self._note)
 
     @property
     def _opened(self) -> OpenRun:

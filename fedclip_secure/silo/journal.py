@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_secure.errors import DataError, TrustError
-from fedclip_secure.pki.epoch import JOURNAL_BYTES, Epoch, lock_epoch
+from fedclip_secure.pki.epoch import JOURNAL_BYTES, Epoch, lock_epoch, lock_file
 from fedclip_secure.privacy.receipts import Receipt
 from fedclip_secure.secagg.keys import AttemptSecrets, SeedKeys
 from fedclip_secure.secagg.messages import ServerAd
@@ -30,6 +30,7 @@ from fedclip_secure.secagg.silo_session import Stage
 from fedclip_secure.silo.vectors import Vectors
 
 _VERSION = 2
+_PATIENCE = 10  # seconds; who reads receipts meanwhile (receipts.py) holds the database for the length of one query
 _SCHEMA = """
 CREATE TABLE epoch (one INTEGER PRIMARY KEY CHECK (one = 1), number INTEGER NOT NULL, journal BLOB NOT NULL);
 CREATE TABLE models (
@@ -104,9 +105,17 @@ class Journal:
             with self._readable():
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._vectors.make_folder()
-                self._path.touch(mode=0o600)
-                self._sql = sqlite3.connect(self._path, timeout=0, isolation_level=None)
+                refusal = f"{self._path}: another fedclip-silo uses this workdir; wait for it, or stop it"
+                self._workdir = lock_file(folder / "journal.lock", refusal)  # two could draw two vectors over a model
         except BaseException:
+            self._identity.close()
+            raise
+        try:
+            with self._readable():
+                self._path.touch(mode=0o600)
+                self._sql = sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
+        except BaseException:
+            self._workdir.close()
             self._identity.close()
             raise
         try:
@@ -123,6 +132,7 @@ class Journal:
     def close(self) -> None:
         """Close the database, and let others work under this identity."""
         self._sql.close()
+        self._workdir.close()
         self._identity.close()
 
     # Models
@@ -315,23 +325,11 @@ class Journal:
             ).fetchall()
         return Epoch(number, journal, tuple((model, bool(trains)) for model, trains in models))
 
-    def _lock(self) -> None:
-        """Keep the database to this process: two of them could each draw a vector over one model."""
-        try:
-            self._sql.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._sql.execute("BEGIN EXCLUSIVE")
-            self._sql.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-            raise DataError(f"{self._path}: another fedclip-silo uses this workdir; wait for it, or stop it") from error
-
     def _prepare(self) -> None:
         with self._readable():
-            self._lock()
             self._sql.execute("PRAGMA synchronous=EXTRA")
             self._sql.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten, as far as the disk allows
-            # As long as a database is locked its rollback file stays, and in it pages as they were: deleted secrets.
+            # The rollback file holds pages as they were, deleted secrets too: nothing of it stays.
             self._sql.execute("PRAGMA journal_mode=TRUNCATE")
             self._check()
 

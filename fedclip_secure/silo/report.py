@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,9 +18,9 @@ from fedclip_secure.privacy.entries import SignedEntry
 from fedclip_secure.privacy.report import SiloFacts, report_body
 from fedclip_secure.privacy.software import software
 from fedclip_secure.silo.account import open_ledger
-from fedclip_secure.silo.journal import Journal
 from fedclip_secure.silo.outcome import adapter_folder, read_models
 from fedclip_secure.silo.pins import Accepted
+from fedclip_secure.silo.receipts import read_receipts
 
 _LIBRARIES = ("torch", "open_clip_torch", "opacus", "dp-accounting", "numpy", "scipy", "cryptography")
 
@@ -31,8 +31,8 @@ def make_report(config: SiloConfig, identity: Identity, accepted: Accepted, prv:
     `prv` is epsilon of the whole plan by a second accountant; None without privacy.
 
     Raises:
-        DataError: another process uses the ledger or the journal, or a file is at fault.
-        TrustError: the ledger was edited.
+        DataError: a file is at fault.
+        TrustError: the ledger was edited, or the journal is not the newest.
     """
     policy, workdir = config.policy, Path(config.workdir)
     limit = None if policy.max_epsilon is None else Limit(epsilon=policy.max_epsilon, delta=policy.delta)
@@ -58,20 +58,17 @@ def make_report(config: SiloConfig, identity: Identity, accepted: Accepted, prv:
 def _history(
     config: SiloConfig, identity: Identity, accepted: Accepted
 ) -> tuple[tuple[SignedEntry, ...], tuple[bytes, ...]]:
-    """The whole ledger, and this run's receipts."""
+    """The whole ledger, and this run's receipts: these first, so that the ledger has the entries that they are for."""
     roster = accepted.roster.digest
-    with ExitStack() as stack:
-        journal = Journal(Path(config.workdir), identity.epoch_path)
-        stack.callback(journal.close)
-        ledger = open_ledger(config, identity)
-        stack.callback(ledger.close)
-        units = ledger.units_of(accepted.contract.digest, roster)
-        if config.units_at_least is not None and units and units < config.units_at_least:
-            raise ConfigError(
-                f"silo.yaml: units_at_least: {config.units_at_least} is more than this run has, and would be signed; "
-                "lower it, or leave it out"
-            )
-        return tuple(ledger.entries()), tuple(journal.receipts(roster))
+    receipts = read_receipts(Path(config.workdir), identity.epoch_path, roster)
+    with closing(open_ledger(config, identity)) as ledger:
+        units, entries = ledger.units_of(accepted.contract.digest, roster), tuple(ledger.entries())
+    if config.units_at_least is not None and units and units < config.units_at_least:
+        raise ConfigError(
+            f"silo.yaml: units_at_least: {config.units_at_least} is more than this run has, and would be signed; "
+            "lower it, or leave it out"
+        )
+    return entries, receipts
 
 
 def save_audit(workdir: Path, accepted: Accepted, audit: Audit) -> Path:

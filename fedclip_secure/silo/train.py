@@ -61,6 +61,7 @@ async def take_part(
         account = Account.opened(config, identity, accepted) if terms.private else None
         if account is not None:
             stack.callback(account.close)
+            say(f"{identity.name}: {account.about(config)}")
         async with Client.of(identity, waiting) as client:
             link = Link(client, workdir)
             check_same(accepted, await link.offer(identity.server), identity.server)
@@ -81,7 +82,10 @@ async def take_part(
             if account is not None:
                 say(f"{identity.name}: {account.told()}")
             await Runner(party, trainer, link, journal, say, budget=account).run(abandon)
-            return await save_adapters(link, contract, terms, workdir)
+            saved = await save_adapters(link, contract, terms, workdir)
+            if account is not None:
+                account.finish()
+            return saved
 
 
 # These import torch only when the aggregator has seen this silo: that takes seconds, and a round may begin.

@@ -143,6 +143,6 @@ def _image_files(data: FolderData | ManifestData, classes: Sequence[str]) -> lis
     path = Path(data.path)
     if isinstance(data, ManifestData):
         root = path.parent if data.root is None else Path(data.root)
-        return read_manifest(path, root, classes, data.absent_classes)
-    files = read_folder(path, classes, data.absent_classes)
-    return files if data.patients is None else with_patients(files, Path(data.patients), path)
+        return read_manifest(path, root, classes, data.absent_classes, data.patients.normalise)
+    files, patients = read_folder(path, classes, data.absent_classes), data.patients
+    return files if patients is None else with_patients(files, Path(patients.file), path, patients.normalise)

@@ -177,6 +177,8 @@ def test_declined_offer_pins_nothing_and_accepted_one_keeps_the_file(site: Site)
 def test_policy_stops_accept_with_code_3_and_pins_nothing(site: Site) -> None:
     site.frozen()
     site.edit("require_privacy: false", "require_privacy: true\n  max_epsilon: 8.0")
+    site.refused("`policy.max_epsilon` needs `ledger`: .*name one folder for the whole organisation", "accept", "--yes")
+    site.edit("# ledger: /srv/fedclip/ledger ", f"ledger: {site.folder}/ledger ")
     site.edit("min_silos: 3", "min_silos: 4")
     output = site.refused("silo-a does not take part", "accept", "--yes", code=3)
     assert "policy.require_privacy" in output

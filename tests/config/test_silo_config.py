@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_secure.config.silo import FolderData, ManifestData, for_extraction, read_silo, write_silo
+from fedclip_secure.config.silo import FolderData, ManifestData, SiloConfig, for_extraction, read_silo, write_silo
 from fedclip_secure.errors import ConfigError
 
 GOOD = "name: st-marys\ndata: {format: folder, path: images}\n"
 
 
-def _read(tmp_path: Path, text: str) -> object:
+def _read(tmp_path: Path, text: str) -> SiloConfig:
     path = tmp_path / "silo.yaml"
     path.write_text(text)
     return read_silo(path)
@@ -36,7 +36,32 @@ def test_paths_beside_the_images_count_from_the_file_too(tmp_path: Path) -> None
     path.write_text("name: a\ndata: {format: folder, path: images, patients: patients.csv}\n")
     folder = read_silo(path).data
     assert isinstance(folder, FolderData)
-    assert folder.patients == str(tmp_path / "patients.csv")
+    assert folder.patients is not None
+    assert (folder.patients.file, folder.patients.normalise) == (str(tmp_path / "patients.csv"), [])
+
+
+def test_ids_of_patients_may_be_the_same_but_for_case_and_leading_zeros(tmp_path: Path) -> None:
+    path, how = tmp_path / "silo.yaml", "normalise: [strip_zeros, casefold]"
+    path.write_text(f"name: a\ndata: {{format: folder, path: images, patients: {{file: p.csv, {how}}}}}\n")
+    data = read_silo(path).data
+    assert isinstance(data, FolderData)
+    assert data.patients is not None
+    assert (data.patients.file, data.patients.normalise) == (str(tmp_path / "p.csv"), ["casefold", "strip_zeros"])
+    path.write_text(f"name: a\ndata: {{format: manifest, path: records.csv, patients: {{{how}}}}}\n")
+    data = read_silo(path).data
+    assert isinstance(data, ManifestData)
+    assert data.patients.normalise == ["casefold", "strip_zeros"]
+
+
+def test_limit_needs_a_ledger_that_is_named(tmp_path: Path) -> None:
+    """Else each federation's folder would have one of its own, and what the other spent would be spent again."""
+    limit = "policy: {max_epsilon: 8}\n"
+    with pytest.raises(
+        ConfigError, match=r"`policy.max_epsilon` needs `ledger`: .*one folder for the whole organisation"
+    ):
+        _read(tmp_path, GOOD + limit)
+    assert _read(tmp_path, GOOD + limit + "ledger: /srv/ledger\n").ledger == "/srv/ledger"
+    assert _read(tmp_path, GOOD).ledger == str(tmp_path / "ledger")
 
 
 def test_extraction_may_be_stricter_and_in_another_precision_than_the_file(tmp_path: Path) -> None:
@@ -76,7 +101,16 @@ def test_missing_file_says_what_writes_it(tmp_path: Path) -> None:
         ("name: a\ndata: {format: embeddings, path: a, absent_classes: []}", "data.absent_classes: unknown key"),
         (GOOD + "plan: x", "plan: must be sha256: and 64 digits"),
         (GOOD + "roster: sha256:AB", "roster: must be sha256: and 64 digits"),
-        ("name: a\ndata: {format: manifest, path: a, patients: b}", "data.patients: unknown key"),
+        ("name: a\ndata: {format: manifest, path: a, patients: b}", "data.patients: must be a mapping of keys"),
+        (
+            "name: a\ndata: {format: folder, path: a, patients: {normalise: []}}",
+            "data.patients.file: is missing; add it",
+        ),
+        ("name: a\ndata: {format: folder, path: a, patients: 7}", "data.patients: must be a mapping of keys"),
+        (
+            "name: a\ndata: {format: folder, path: a, patients: {file: b, normalise: [lower]}}",
+            "data.patients.normalise.0: input should be 'casefold' or 'strip_zeros'",
+        ),
         ("name: a\ndata: {format: folder, path: a, strict: 1}", "data.strict: input should be a valid boolean"),
         (GOOD + "precision: fp8", "precision: input should be 'fp32', 'bf16' or 'fp16'"),
         (GOOD + "device: tpu", "device: input should be 'auto', 'cpu', 'cuda' or 'mps'"),

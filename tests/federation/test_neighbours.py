@@ -147,7 +147,7 @@ def _run(folder: Path, *, without_last: bool) -> Run:
     terms = Terms.of(agreed.contract, agreed.roster)
     policy = Policy(max_epsilon=100.0)
     data = EmbeddingsData(format="embeddings", path="x", per_record=True)
-    config = SiloConfig(name=WATCHED, data=data, policy=policy)
+    config = SiloConfig(name=WATCHED, data=data, policy=policy, ledger=str(folder))
     ledger = Ledger(folder, WATCHED, KEYS[WATCHED].sign, _public(WATCHED), clock=lambda: 1_700_000_000.0)
     account = Account(ledger, run_terms(config, agreed), cap_of(policy), _public(AGGREGATOR), folder / "head")
     mine = records(WATCHED, without_last=without_last)

@@ -12,7 +12,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedclip_secure.pki.keys import SigningKey
-from fedclip_secure.privacy.ledger import Ledger, RunTerms
+from fedclip_secure.privacy.ledger import Ledger
+from fedclip_secure.privacy.terms import RunTerms
 
 START = 1_800_000_000  # seconds since 1970
 KEYS = {silo: SigningKey(Ed25519PrivateKey.generate()) for silo in ("lab-a", "lab-b")}  # two identities of one house
@@ -31,6 +32,7 @@ TERMS = RunTerms(
     update_divisor=64.0,
     delta=1e-5,
     features="computed here",
+    code="0c" * 32,
 )
 
 

@@ -20,9 +20,10 @@ from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.document import TESTS, Attack, Audit, Limit, Rates, SelfTest, SiloReport
 from fedclip_secure.privacy.entries import SignedEntry
 from fedclip_secure.privacy.federation_report import FederationFacts, combine
-from fedclip_secure.privacy.ledger import Ledger, OpenRun, RunTerms
+from fedclip_secure.privacy.ledger import Ledger, OpenRun
 from fedclip_secure.privacy.receipts import Receipt
 from fedclip_secure.privacy.report import SiloFacts, report_body, sign_report
+from fedclip_secure.privacy.terms import RunTerms
 
 SILOS = ("birch", "cedar", "oak")
 NOW = 1_790_000_000
@@ -128,6 +129,7 @@ def terms_of(agreed: Contract, roster: Roster) -> RunTerms:
         update_divisor=privacy.update_divisor,
         delta=privacy.delta,
         features="computed here",
+        code="0c" * 32,
     )
 
 

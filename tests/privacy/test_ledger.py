@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fedclip_secure.errors import DataError, FedClipError, PolicyError, TrustError
+from fedclip_secure.errors import ConfigError, DataError, FedClipError, PolicyError, TrustError
 from fedclip_secure.privacy.accountant import epsilon
 from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.entries import Begin, Data, Reserve, Settle, chain_of
+from fedclip_secure.privacy.entries import FIRST, Begin, Data, Reserve, Settle, SignedEntry, chain_of
 from fedclip_secure.privacy.events import Event
 from fedclip_secure.privacy.ledger import Ledger
 from tests.privacy.books import KEYS, START, TERMS, Books, terms, units
@@ -191,6 +193,42 @@ def test_reservation_is_settled_once_and_by_its_own_run(books: Books) -> None:
         second.reserve(2)
 
 
+def as_of_version_1(books: Books) -> None:
+    """Write the ledger's entries anew, as version 0.1 had them; the tables beside them were the same."""
+    books.close()
+    previous, now = FIRST, dict[str, str]()
+    with contextlib.closing(sqlite3.connect(books.database)) as sql, sql:
+        rows = sql.execute("SELECT number, entry, signature FROM entries ORDER BY number").fetchall()
+        for number, data, signature in rows:
+            entry = json.loads(data)
+            kept = {name: value for name, value in entry.items() if name not in ("code", "patients")}
+            if "reservation" in kept:
+                kept["reservation"] = now[kept["reservation"]]
+            key = KEYS[entry["silo"]]
+            signed = SignedEntry.signed({**kept, "version": 1, "previous": previous}, key.sign)
+            now[SignedEntry(data, signature).hash.hex()] = previous = signed.hash.hex()
+            sql.execute("UPDATE entries SET entry = ?, signature = ? WHERE number = ?", (*_blobs(signed), number))
+
+
+def _blobs(signed: SignedEntry) -> tuple[bytes, bytes]:
+    return signed.entry, signed.signature
+
+
+def test_ledger_of_version_1_is_gone_on_with_and_its_units_stay_charged(books: Books) -> None:
+    ledger, cap = books.open(), cap_for(6.5)
+    run = ledger.open_run(TERMS, units(range(4)), cap)
+    run.settle(run.reserve(1))
+    as_of_version_1(books)
+    ledger = books.open()
+    run = ledger.open_run(TERMS, units(range(4)), cap)
+    assert (run.left_out, run.state.codes) == (0, ())
+    run.settle(run.reserve(2))
+    assert kinds(ledger) == ["begin", "reserve", "settle", "code", "reserve", "settle"]
+    assert run.state.codes == ("0c" * 32,)
+    ledger.end_runs("pets")
+    assert ledger.open_run(terms(plan=2, rounds=5, max_retrains=0), units(range(6)), cap).admitted == {*units([4, 5])}
+
+
 # Who takes part
 
 
@@ -210,8 +248,118 @@ def test_each_unit_is_judged_by_its_own_history_alone(books: Books) -> None:
     train(ledger, 2, range(4, 10), 3)
     run = ledger.open_run(TERMS, units(range(14)), cap)
     assert run.admitted == {*units([*range(4), *range(10, 14)])}
-    run = ledger.open_run(terms(plan=3, max_retrains=0), units(range(14)), cap)
-    assert run.left_out == 0  # as nothing was reserved for the run before
+
+
+def test_what_an_unfinished_run_may_still_cost_is_kept_for_it(books: Books) -> None:
+    """Else two runs that were admitted on the same remaining budget would overspend it together."""
+    ledger, cap, wanted = books.open(), cap_for(7.5), terms(plan=2, max_retrains=0)
+    ledger.open_run(TERMS, units(range(5)), cap)
+    run = ledger.open_run(terms(plan=1, max_retrains=0), units(range(3, 9)), cap)
+    assert run.left_out == 0
+    assert ledger.open_run(wanted, units(range(9)), cap).admitted == {*units([0, 1, 2, 5, 6, 7, 8])}
+    said = refused(ledger, PolicyError, "nothing is spent yet", terms(plan=4), units([3, 4]), cap)
+    held = cap.epsilon_of(7 * cap.cost((ONE,)))
+    assert (
+        f"unfinished runs hold what may bring it to ε {held:.4g} (pets at lab-a: 4 round(s), pets at lab-a: 3" in said
+    )
+    assert "; 0 such rounds would fit" in said
+    assert "`fedclip-silo budget --end FEDERATION`" in said
+
+
+def test_run_that_is_ended_frees_what_was_kept_for_it_and_reserves_nothing_more(books: Books) -> None:
+    ledger, cap = books.open(), cap_for(5.5)
+    first = ledger.open_run(terms(federation="cats"), SOME, cap)
+    first.settle(first.reserve(1))
+    refused(ledger, PolicyError, r"cats at lab-a: 3 round\(s\)", terms(plan=2), SOME, cap)
+    assert books.open().end_runs("cats") == 3
+    ledger = books.open()
+    assert kinds(ledger) == ["begin", "reserve", "settle", "end"]
+    run = ledger.open_run(terms(plan=2), SOME, cap)
+    assert run.left_out == 0
+    again = ledger.open_run(terms(federation="cats"), SOME, cap)
+    assert again.admitted == {*SOME}
+    assert not any(again.may_train(number) for number in range(1, 4))
+    with pytest.raises(PolicyError, match=r"run of federation cats was ended with `fedclip-silo budget --end`"):
+        again.reserve(2)
+    assert kinds(ledger) == ["begin", "reserve", "settle", "end", "begin"]
+
+
+def test_run_that_was_ended_elsewhere_meanwhile_reserves_nothing_more_and_settles_what_it_had(books: Books) -> None:
+    ledger = books.open()
+    run = ledger.open_run(TERMS, SOME, None)
+    reservation = run.reserve(1)
+    with Books(books.folder) as others:
+        assert others.open().end_runs("pets") == 3
+    run.settle(reservation)
+    with pytest.raises(PolicyError, match="was ended"):
+        run.reserve(2)
+    assert kinds(ledger) == ["begin", "reserve", "end", "settle"]
+
+
+def test_only_a_run_of_ones_own_that_is_unfinished_can_be_ended(books: Books) -> None:
+    ledger = books.open("lab-b")
+    ledger.open_run(TERMS, SOME, None)
+    ledger = books.open("lab-a")
+    train(ledger, 9, range(3), 1)
+    for federation in ("pets", "lungs"):
+        with pytest.raises(ConfigError, match=rf"lab-a has no unfinished run of a federation {federation} here; "
+                           r"unfinished are: pets at lab-b: 4 round\(s\)"):  # fmt: skip
+            ledger.end_runs(federation)
+    assert kinds(ledger) == ["begin", "begin", "reserve", "settle"]
+
+
+def test_federation_that_came_to_its_end_frees_rounds_that_this_silo_was_not_in(books: Books) -> None:
+    ledger = books.open()
+    run = ledger.open_run(TERMS, SOME, None)
+    run.settle(run.reserve(2))
+    run.finish()
+    run.finish()
+    assert kinds(ledger) == ["begin", "reserve", "settle", "end"]
+    run = ledger.open_run(terms(plan=2), SOME, None)
+    for number in (1, 2, 3):
+        run.settle(run.reserve(number))
+    run.finish()
+    assert kinds(ledger)[-1] == "settle", "nothing was kept for it"
+
+
+def test_round_of_a_run_that_is_trained_may_be_trained_again_if_others_leave_room(books: Books) -> None:
+    ledger, cap, wanted = books.open(), cap_for(6.5), terms(rounds=2)
+    run = ledger.open_run(wanted, SOME, cap)
+    for number in (1, 2):
+        run.settle(run.reserve(number))
+    ledger.open_run(terms(plan=2, rounds=4, max_retrains=0), SOME, cap)  # 2 + 4 of 6
+    run = ledger.open_run(wanted, SOME, cap)
+    assert run.admitted == {*SOME}
+    assert run.may_train(2)
+    before = ledger.entries()
+    with pytest.raises(PolicyError, match=r"round 2 does not fit policy.max_epsilon .* hold .pets at lab-a: 4 round"):
+        run.reserve(2)
+    assert ledger.entries() == before
+    books.open().end_runs("pets")
+    run = books.open().open_run(wanted, SOME, cap)
+    assert run.reserve(2).retrain == 1
+
+
+def test_limit_that_was_lowered_within_a_run_holds_from_then_on(books: Books) -> None:
+    ledger = books.open()
+    run = ledger.open_run(TERMS, SOME, cap_for(9))
+    run.settle(run.reserve(1))
+    low = Cap(cap_for(1.5).epsilon, DELTA)
+    refused(ledger, PolicyError, "no unit can take part", TERMS, SOME, low)
+
+
+def test_program_that_trains_is_noted_and_again_before_the_next_round_of_another_one(books: Books) -> None:
+    ledger = books.open()
+    run = ledger.open_run(TERMS, SOME, None)
+    run.settle(run.reserve(1))
+    ledger = books.open()
+    ledger.open_run(terms(code="0d" * 32), SOME, None)
+    assert kinds(ledger) == ["begin", "reserve", "settle"], "nothing is trained by it yet"
+    run = ledger.open_run(terms(code="0d" * 32), SOME, None)
+    for _ in range(2):
+        run.reserve(2)
+    assert kinds(ledger) == ["begin", "reserve", "settle", "code", "reserve", "reserve"]
+    assert run.state.codes == ("0c" * 32, "0d" * 32)
 
 
 def test_unit_is_charged_each_reservation_of_each_set_that_held_it(books: Books) -> None:
@@ -224,7 +372,7 @@ def test_unit_is_charged_each_reservation_of_each_set_that_held_it(books: Books)
     account = ledger.account(cap)
     assert account.lifetime is not None
     assert account.lifetime.epsilon == pytest.approx(cap.epsilon_of(cost))
-    assert account.lifetime.left == pytest.approx(1 - cost / cap.budget)
+    assert account.lifetime.share == account.lifetime.epsilon / cap.epsilon
     assert account.lifetime.units == 6
 
 
@@ -268,10 +416,18 @@ def test_unit_that_was_left_out_stays_so_for_the_run(books: Books) -> None:
 
 
 def test_rounds_of_another_run_meanwhile_never_bring_a_unit_above_the_cap(books: Books) -> None:
+    """The other one was of a silo without a limit; each limit holds for whoever has set it."""
     ledger, cap = books.open(), cap_for(6)
     run = ledger.open_run(terms(plan=1, rounds=4, max_retrains=0), units(range(4)), cap)
     run.reserve(1)
-    train(ledger, 2, range(2), 3, cap)  # 4 of 6 spent
+    with Books(books.folder) as others:
+        train(others.open("lab-b"), 2, range(2), 3)  # 4 of 6 spent
+    run.reserve(2)
+    run.reserve(3)
+    with pytest.raises(
+        PolicyError, match=r"round 4 does not fit policy.max_epsilon .* what was spent; sit this round out$"
+    ):
+        run.reserve(4)
     before = ledger.entries()
     with pytest.raises(DataError, match=r"0 units came, 0 went, and 2 can no longer pay .*--changed-data"):
         ledger.open_run(terms(plan=1, rounds=4, max_retrains=0), units(range(4)), cap)
@@ -329,8 +485,19 @@ def test_delta_that_would_let_one_whole_unit_out_is_refused(books: Books) -> Non
 def test_other_kind_of_unit_than_the_ledger_has_is_refused(books: Books) -> None:
     ledger = books.open()
     train(ledger, 1, range(3), 1)
-    refused(ledger, PolicyError, "charges each record, and the plan protects each patient.*cannot be added up.*"
-            "plan with privacy.unit record", terms(unit="patient"), SOME, None)  # fmt: skip
+    refused(ledger, PolicyError, "charges each record, and the plan protects each patient: its earlier runs did not "
+            "note which records were whose.*plan with privacy.unit record, or name another folder as `ledger`.*must be "
+            "added by hand", terms(unit="patient"), SOME, None)  # fmt: skip
+
+
+def test_patients_whose_ids_are_normalised_in_another_way_than_before_are_refused(books: Books) -> None:
+    ledger, first = books.open(), terms(unit="patient", patients=("casefold",))
+    ledger.open_run(first, SOME, None)
+    for patients in ((), ("casefold", "strip_zeros")):
+        said = r"normalised by \['casefold'\].*new accounts .*; set data.patients.normalise back to"
+        refused(ledger, PolicyError, said, terms(plan=2, unit="patient", patients=patients), SOME, None)
+        refused(ledger, PolicyError, said, terms(unit="patient", patients=patients), SOME, None)
+    ledger.open_run(terms(plan=2, unit="patient", patients=("casefold",)), SOME, None)
 
 
 def test_no_unit_at_all_is_refused(books: Books) -> None:
@@ -369,6 +536,7 @@ def test_data_that_changed_in_a_run_are_refused_unless_they_are_meant_to(books: 
     books.open().open_run(TERMS, units(range(3, 12)), None, changed_data=True)
     assert books.open().entries() == ledger.entries()
     # Units 0 to 2 and 10, 11 have one round behind them, 3 to 9 have two.
+    books.open().end_runs("pets")
     one_more = terms(plan=9, rounds=1, max_retrains=0)
     run = books.open().open_run(one_more, units(range(13)), cap_for(2))
     assert run.admitted == {*units([0, 1, 2, 10, 11, 12])}
@@ -380,11 +548,35 @@ def test_clock_that_is_behind_the_newest_entry_is_refused(books: Books) -> None:
     first = run.reserve(1)
     books.now -= 1  # which is another hour
     for attempt in (lambda: run.reserve(2), lambda: run.settle(first), lambda: ledger.open_run(TERMS, SOME, None)):
-        with pytest.raises(DataError, match=r"ledger\.sqlite: .* 2027-01-15 08:00:00 UTC.*clock is behind.*set the cl"):
+        with pytest.raises(DataError, match=r"ledger\.sqlite: .* 2027-01-15 08:00:00 UTC.*clock is behind.*set the cl.*"
+                           "run `fedclip-silo budget --clock-was-wrong`"):  # fmt: skip
             attempt()
     assert kinds(ledger) == ["begin", "reserve"]
     books.now += 1
     run.settle(first)
+
+
+def test_clock_that_was_ten_years_ahead_is_mended_by_a_signed_word(books: Books) -> None:
+    ledger = books.open()
+    with pytest.raises(ConfigError, match="has no entry, not ahead of the clock; there is nothing to mend"):
+        ledger.mend_clock()
+    books.now += 9.2 * 365.25 * 86400
+    run = ledger.open_run(TERMS, SOME, None)
+    first = run.reserve(1)
+    books.now = float(START)
+    with pytest.raises(DataError, match=r"newest entry is of 2036-.* UTC, and the clock is behind"):
+        run.settle(first)
+    ledger.mend_clock()
+    run.settle(first)
+    with pytest.raises(
+        ConfigError, match=r"newest entry is of 2027-01-15 .* not ahead of the clock; .* nothing to mend"
+    ):
+        ledger.mend_clock()
+    books.now += 3600
+    ledger = books.open()
+    ledger.open_run(TERMS, SOME, None).reserve(2)
+    assert kinds(ledger) == ["begin", "reserve", "clock", "settle", "reserve"]
+    assert [entry.at - START for entry in chain_of(ledger.entries()).entries[2:]] == [0, 0, 3600]
 
 
 # The account
@@ -407,14 +599,23 @@ def test_account_tells_each_run_and_the_unit_charged_most(books: Books) -> None:
     assert second.epsilon_at_most == epsilon([Event(20.0, 1.0, 120)], DELTA)
     assert account.lifetime is not None
     assert account.lifetime.epsilon == pytest.approx(cap.epsilon_of(7 * cap.cost((ONE,))))
+    assert (second.held, second.ended, first.held) == (3, False, 0)
+    assert account.lifetime.epsilon_held == pytest.approx(cap.epsilon_of(10 * cap.cost((ONE,))))
+    assert (account.lifetime.rounds_left, account.lifetime.units, account.lifetime.exhausted) == (0, 5, 1)
+    assert ledger.end_runs("pets") == 3
+    account = ledger.account(cap)
+    assert account.lifetime is not None
     assert (account.lifetime.rounds_left, account.lifetime.units, account.lifetime.exhausted) == (3, 5, 0)
+    assert account.runs[1].ended
+    assert account.runs[1].epsilon_at_most == account.runs[1].epsilon
     run = ledger.open_run(terms(plan=3, rounds=7, max_retrains=0), units(range(3, 5)), cap)
     for number in range(1, 8):
         run.reserve(number)
     after = ledger.account(cap).lifetime
     assert after is not None
     assert (after.rounds_left, after.units, after.exhausted) == (0, 5, 2)
-    assert math.isclose(after.left, 0.5 / 10.5, rel_tol=1e-6)
+    assert math.isclose(after.epsilon, cap.epsilon_of(10 * cap.cost((ONE,))))
+    assert (after.share, after.epsilon_held) == (after.epsilon / cap.epsilon, after.epsilon)
 
 
 def test_account_is_plain_data(books: Books) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import DataError, FedClipError, TrustError
+from fedclip_secure.privacy import ledger_file
 from fedclip_secure.privacy.entries import chain_of
 from tests.disk import file_limit
 from tests.privacy.books import TERMS, Books, terms, units
 
-ROOT = Path(__file__).parents[2]
 _NOBODY = 65534
 
 
@@ -252,25 +250,44 @@ def test_what_may_not_be_used_is_named_before_anything_is_spent(used: Books, mod
         assert books.files() == before
 
 
-_SECOND = """
-import sys
-from pathlib import Path
-from tests.privacy.books import Books
-from fedclip_secure.errors import DataError
-try:
-    Books(Path(sys.argv[1])).open()
-except DataError as error:
-    sys.exit(str(error))
-"""
-
-
-def test_second_run_at_once_is_refused_clearly(used: Books) -> None:
-    first = used.open()
-    command = [sys.executable, "-c", _SECOND, str(used.folder)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
-    assert done.returncode == 1
-    assert f"{used.database}: another fedclip-silo uses this ledger; wait for it, or stop it" in done.stderr
-    with pytest.raises(DataError, match="another fedclip-silo uses this ledger"), Books(used.folder) as other:
-        other.open()
+def test_process_that_holds_the_ledger_for_long_is_waited_for_and_then_named(
+    used: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_file, "_PATIENCE", 0.2)
+    first, before = used.open(), used.files()
+    with contextlib.closing(sqlite3.connect(used.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        said = (
+            rf"{used.database}: another process has held this ledger for 0.2 s; run again, or stop the one that hangs"
+        )
+        with pytest.raises(DataError, match=said):
+            first.open_run(TERMS, units(range(12)), None).reserve(3)
+        assert used.files() == before
+        with Books(used.folder) as reader:
+            assert reader.open().entries() == first.entries(), "reading waits for nobody"
+        other.execute("ROLLBACK")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(DataError, match=said), Books(used.folder) as reader:
+            reader.open()
     first.open_run(TERMS, units(range(12)), None).reserve(3)
+
+
+def test_ledger_that_is_exchanged_while_it_is_used_is_found_before_anything_is_written(used: Books) -> None:
+    old = used.database.read_bytes()
+    run = used.open().open_run(TERMS, units(range(12)), None)
+    run.reserve(3)
+    used.database.write_bytes(old)
+    for _ in range(2):
+        with pytest.raises(TrustError, match="was exchanged for another one while this program used it"):
+            run.reserve(1)
+    assert used.database.read_bytes() == old
+
+
+def test_what_another_process_wrote_is_checked_before_anything_is_decided(used: Books) -> None:
+    ledger = used.open()
+    with Books(used.folder) as other:
+        other.open().open_run(terms(plan=3), units(range(20, 24)), None)
+        edit(used, "UPDATE sets SET admitted = substr(admitted, 5) WHERE rowid = (SELECT max(rowid) FROM sets)")
+    for _ in range(2):
+        with pytest.raises(TrustError, match=r"was edited.*entry 7 of the ledger: its units are not those"):
+            ledger.open_run(TERMS, units(range(12)), None)

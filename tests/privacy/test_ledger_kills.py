@@ -84,7 +84,7 @@ def test_killed_before_or_after_any_durable_write_a_ledger_is_whole_and_covers_w
     whole = ["begin", "reserve", "settle", "data", "reserve", "settle"]
     assert check(tmp_path / "undisturbed", tmp_path / "undisturbed.jsonl") == whole
     points = [str(line["name"]) for line in lines(tmp_path / "undisturbed.jsonl", "point")]
-    assert sum("COMMIT" in point for point in points) == 2 * (2 + len(whole)), points  # lock, tables, entries
+    assert sum("COMMIT" in point for point in points) == 2 * (2 + len(whole)), points  # tables, key, entries
     for number, point in enumerate(points):
         folder, record = tmp_path / f"{number}" / "ledger", tmp_path / f"{number}.jsonl"
         folder.parent.mkdir()
@@ -103,7 +103,7 @@ def test_what_a_kill_leaves_behind_is_typed_entries_of_one_run(tmp_path: Path) -
     """Killed after the first reserve and again after the second: two reservations, one of them a retrain."""
     folder, record = tmp_path / "ledger", tmp_path / "record.jsonl"
     for _ in range(2):
-        point = "OpenRun.reserve Ledger.reserve LedgerFile.append: COMMIT (1): after"
+        point = "OpenRun.reserve Ledger.reserve LedgerFile.writing: COMMIT (1): after"
         assert live(folder, record, point) == -signal.SIGKILL
     assert live(folder, record, None) == 0
     with Books(folder) as books:

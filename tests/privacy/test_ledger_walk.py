@@ -1,4 +1,4 @@
-"""Any sequence of runs, rounds, crashes and changed data: charges and admissions are what a plain recount gives."""
+"""Any sequence of runs, rounds, ends, crashes and changed data: charges and admissions are those of a plain recount."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fedclip_secure.errors import DataError, PolicyError
+from fedclip_secure.errors import ConfigError, DataError, PolicyError
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.entries import Data, Reserve, Settle, chain_of
 from fedclip_secure.privacy.events import Event
@@ -41,6 +41,13 @@ class Recount:
     left_out: set[int]  # now
     ever_left_out: set[int]
     rounds: list[int] = field(default_factory=list)  # reserved
+    settled: set[int] = field(default_factory=set)  # rounds
+    ended: bool = False
+
+    def held(self, plan: int) -> int:
+        """How many rounds are kept for it."""
+        done = self.ended or len(self.settled) == PLANS[plan].rounds
+        return 0 if done else PLANS[plan].rounds + PLANS[plan].max_retrains - len(self.rounds)
 
 
 class Walk(RuleBasedStateMachine):
@@ -52,7 +59,7 @@ class Walk(RuleBasedStateMachine):
         self.runs: dict[tuple[str, int], Recount] = {}
         self.spent = defaultdict[int, list[Event]](list)
         self.settled = 0
-        self.silo, self.plan = "lab-a", 0
+        self.silo, self.plan, self.round = "lab-a", 0, 0
         self.run: OpenRun | None = None
         self.reservation: Reservation | None = None
 
@@ -63,19 +70,28 @@ class Walk(RuleBasedStateMachine):
     def cost(self, unit: int, more: list[Event]) -> float:
         return math.fsum(CAP.cost([event]) for event in [*self.spent[unit], *more])
 
+    def kept(self, unit: int, besides: Recount | None) -> list[Event]:
+        """What other runs may still cost it."""
+        others = [(plan, run) for (_, plan), run in self.runs.items() if run is not besides and unit in run.admitted]
+        return [PLANS[plan].per_round() for plan, run in others for _ in range(run.held(plan))]
+
     @rule(plan=st.sampled_from(sorted(PLANS)), who=st.sets(st.integers(0, 7), min_size=1), changed=st.booleans())
     def open(self, plan: int, who: set[int], changed: bool) -> None:
         before, known = self.ledger.entries(), self.runs.get((self.silo, plan))
-        left = PLANS[plan].rounds + PLANS[plan].max_retrains - (len(known.rounds) if known else 0)
+        left = known.held(plan) if known else PLANS[plan].rounds + PLANS[plan].max_retrains
         barred = known.ever_left_out if known else set()
         fits = {
             unit
             for unit in who - barred
-            if self.cost(unit, [PLANS[plan].per_round()] * left) <= CAP.budget * (1 + 1e-12)
+            if self.cost(unit, [*self.kept(unit, known), *[PLANS[plan].per_round()] * left]) <= CAP.budget * (1 + 1e-12)
         }
         if not fits:
             with pytest.raises(PolicyError, match=r"no unit can take part|every unit of the data was left out"):
                 self.ledger.open_run(PLANS[plan], units(who), CAP, changed_data=changed)
+            assert self.ledger.entries() == before
+            return
+        if known is not None and known.ended:
+            self.run, self.plan, self.reservation = self.ledger.open_run(PLANS[plan], units(who), CAP), plan, None
             assert self.ledger.entries() == before
             return
         same = known is None or (known.admitted, known.left_out) == (fits, who - fits)
@@ -89,8 +105,8 @@ class Walk(RuleBasedStateMachine):
         assert self.run.admitted == {*units(fits)}
         assert self.run.left_out == len(who - fits)
         assert len(self.ledger.entries()) == len(before) + (known is None or not same)
-        rounds = known.rounds if known else []
-        self.runs[self.silo, plan] = Recount(fits, who - fits, barred | (who - fits), rounds)
+        rounds, settled = (known.rounds, known.settled) if known else ([], set[int]())
+        self.runs[self.silo, plan] = Recount(fits, who - fits, barred | (who - fits), rounds, settled)
 
     @precondition(lambda self: self.run is not None)
     @rule(number=st.integers(1, 6))
@@ -98,14 +114,15 @@ class Walk(RuleBasedStateMachine):
         assert self.run is not None
         plan, known, before = PLANS[self.plan], self.runs[self.silo, self.plan], self.ledger.entries()
         retrains = len(known.rounds) - len(set(known.rounds))
-        if number > plan.rounds or (number in known.rounds and retrains == plan.max_retrains):
-            assert not self.run.may_train(number)
+        used_up = number in known.rounds and retrains == plan.max_retrains
+        if number > plan.rounds or known.ended or used_up or not self.fits(plan.per_round(), known):
+            assert self.run.may_train(number) == (number <= plan.rounds and not known.ended and not used_up)
             with pytest.raises(PolicyError):
                 self.run.reserve(number)
             assert self.ledger.entries() == before
             return
         assert self.run.may_train(number)
-        self.reservation = self.run.reserve(number)
+        self.reservation, self.round = self.run.reserve(number), number
         known.rounds.append(number)
         for unit in known.admitted:
             self.spent[unit].append(plan.per_round())
@@ -116,7 +133,25 @@ class Walk(RuleBasedStateMachine):
         assert self.run is not None
         assert self.reservation is not None
         self.run.settle(self.reservation)
+        self.runs[self.silo, self.plan].settled.add(self.round)
         self.reservation, self.settled = None, self.settled + 1
+
+    @rule()
+    def end(self) -> None:
+        """Of all runs of the silo: they are of one federation."""
+        mine = [(plan, run) for (silo, plan), run in self.runs.items() if silo == self.silo and run.held(plan)]
+        if not mine:
+            with pytest.raises(ConfigError, match="no unfinished run"):
+                self.ledger.end_runs("pets")
+            return
+        assert self.ledger.end_runs("pets") == sum(run.held(plan) for plan, run in mine)
+        for _, run in mine:
+            run.ended = True
+
+    def fits(self, one: Event, known: Recount) -> bool:
+        """Whether every unit of a run can pay for a round, beside what others hold."""
+        costs = [self.cost(unit, [*self.kept(unit, known), one]) for unit in known.admitted]
+        return max(costs) <= CAP.budget * (1 + 1e-12)
 
     @rule(silo=st.sampled_from(["lab-a", "lab-b"]), seconds=st.integers(0, 3))
     def crash(self, silo: str, seconds: int) -> None:
@@ -136,6 +171,7 @@ class Walk(RuleBasedStateMachine):
             found = 0.0 if members.new else float(charged[members.numbers[0]])
             assert math.isclose(found, expected, rel_tol=1e-12)
             assert found <= CAP.budget
+            assert self.cost(unit, self.kept(unit, None)) <= CAP.budget * (1 + 1e-12)
 
     @invariant()
     def chain_is_whole_and_complete(self) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from fedclip_secure import canonical
 from fedclip_secure.names import AGGREGATOR
-from fedclip_secure.privacy.canonical_json import decode
+from fedclip_secure.privacy.canonical_json import decode, encode
 from fedclip_secure.privacy.document import Estimate, Limit
+from fedclip_secure.privacy.entries import SignedEntry
 from fedclip_secure.privacy.report import SiloFacts, report_body
 from fedclip_secure.privacy.verify import verify
 from tests.privacy.reports import AUDIT, KINDS, NOW, Site, body_of, plain_contract, replace, rewrite
@@ -231,6 +232,42 @@ def appended(entry: Body) -> Callable[[list[Body]], None]:
     return edit
 
 
+def more(kind: str, **values: object) -> Callable[[list[Body]], None]:
+    """One entry more, about the first run unless it is of a kind that is about none."""
+
+    def edit(entries: list[Body]) -> None:
+        common = {name: entries[-1][name] for name in ("version", "at", "silo", "key")}
+        about = {} if kind == "clock" else {"run": entries[0]["run"]}
+        entries.append({**common, "kind": kind, **about, "was": "0" * 64, **values})
+
+    return edit
+
+
+def as_of_version_1(entries: list[Body], last: int | None = None) -> None:
+    """The first `last` entries, or all, as version 0.1 wrote them."""
+    for entry in entries[:last]:
+        entry["version"] = 1
+        if entry["kind"] == "begin":
+            del entry["code"], entry["patients"]
+
+
+def one_by_one(*edits: Callable[[list[Body]], Any]) -> Callable[[list[Body]], None]:
+    def edit(entries: list[Body]) -> None:
+        for each in edits:
+            each(entries)
+
+    return edit
+
+
+def code_before_the_last_round(entries: list[Body]) -> None:
+    more("code", code="7" * 64)(entries)
+    entries.insert(-2, entries.pop())
+
+
+def of_patients(*names: str) -> Callable[[list[Body]], Any]:
+    return lambda entries: entries[0].update(patients=list(names))
+
+
 LEDGERS: dict[str, Callable[[list[Body]], Any]] = {
     "an entry of no kind": appended({"kind": "note"}),
     "an entry with a note": lambda entries: entries[-1].update(note="certified"),
@@ -277,12 +314,61 @@ LEDGERS: dict[str, Callable[[list[Body]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEDGERS)
+HOUR = 3600
+TAKEN: dict[str, Callable[[list[Body]], Any]] = {
+    "new data after the last round": LEDGERS.pop("new data after the last round"),
+    "a second run in order": LEDGERS.pop("a second run in order"),
+    "as version 0.1 wrote it": as_of_version_1,
+    "begun by version 0.1 and gone on with": one_by_one(
+        lambda entries: as_of_version_1(entries, -2), code_before_the_last_round
+    ),
+    "begun by version 0.1 and settled by this one": lambda entries: as_of_version_1(entries, -1),
+    "another program before the last round": code_before_the_last_round,
+    "a run that was ended": more("end"),
+    "a clock that was wrong": more("clock", at=NOW - HOUR),
+    "a clock that was wrong twice": one_by_one(more("clock", at=NOW - HOUR), more("clock", at=NOW - 2 * HOUR)),
+}
+LEDGERS |= {
+    "version 2 and then 1": lambda entries: entries[-1].update(version=1),
+    "version 2 without a program": lambda entries: entries[0].pop("code"),
+    "version 2 without patients": lambda entries: entries[0].pop("patients"),
+    "version 1 with a program": every("version", 1, ("begin", "reserve", "settle")),
+    "a program that is null": lambda entries: entries[0].update(code=None),
+    "patients that are null": lambda entries: entries[0].update(patients=None),
+    "patients of records": of_patients("casefold"),
+    "patients that nobody knows": of_patients("lower"),
+    "patients twice": one_by_one(every("unit", "patient", ("begin",)), of_patients("casefold", "casefold")),
+    "version 3": every("version", 3, ("begin", "reserve", "settle")),
+    "begun by version 0.1 and gone on with by nobody knows what": lambda entries: as_of_version_1(entries, -2),
+    "the same program again": more("code", code="0c" * 32),
+    "a program of no run": more("code", code="7" * 64, run="1" * 32),
+    "a program of version 1": more("code", code="7" * 64, version=1),
+    "a round after the end": one_by_one(more("end"), lambda entries: entries.append(
+        {**entries[1], "round": 4, "retrain": 1, "was": "1" * 64, "at": entries[-1]["at"]})),
+    "new data after the end": one_by_one(more("end"), more("data", set="3" * 32)),
+    "an end after the end": one_by_one(more("end"), more("end")),
+    "an end of no run": more("end", run="1" * 32),
+    "an end by another silo": more("end", silo="birch"),
+    "a clock that was right": more("clock"),
+    "a clock of the future": more("clock", at=NOW + HOUR),
+    "a clock with a note": more("clock", at=NOW - HOUR, note="certified"),
+    "older without a word": more("end", at=NOW - HOUR),
+    "older after a clock that was wrong": one_by_one(more("clock", at=NOW - HOUR), more("end", at=NOW - 2 * HOUR)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*LEDGERS, *TAKEN])
 def test_both_judge_a_ledger_that_was_written_anew_alike(site: Site, oak: SiloFacts, name: str) -> None:
-    body = report_body(replace(oak, receipts=(), limit=None))
-    rewrite(body, site.keys["oak"], LEDGERS[name])
-    taken = judgement(site.signed(body))
-    assert taken == (name in ("new data after the last round", "a second run in order"))
+    edited = report_body(replace(oak, receipts=(), limit=None))
+    rewrite(edited, site.keys["oak"], {**LEDGERS, **TAKEN}[name])
+    if name not in TAKEN:
+        assert not judgement(site.signed(edited))
+        return
+    entries = [
+        SignedEntry(encode(item["entry"]), bytes.fromhex(item["signature"])) for item in edited["ledger"]["entries"]
+    ]
+    assert judgement(site.signed(report_body(replace(oak, entries=entries, receipts=(), limit=None))))
+    assert judgement(site.signed(edited)) == ("clock" not in name), "of a clock that was wrong the report must tell"
 
 
 @pytest.mark.parametrize("by", [0.01, 0.003])

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import shutil
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +23,18 @@ from safetensors.numpy import save_file
 
 from fedclip_secure.aggregator.home import freeze, init_home
 from fedclip_secure.config.lock import write_lock
-from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.config.silo import FolderData, ManifestData, PatientIds, SiloConfig
 from fedclip_secure.errors import ConfigError, DataError, PolicyError, TrustError
 from fedclip_secure.files import write_atomically
-from fedclip_secure.privacy.entries import Begin, Data, Reserve, Settle, chain_of
+from fedclip_secure.privacy.entries import Begin, Clock, Data, End, Reserve, Settle, chain_of
+from fedclip_secure.privacy.ledger import Ledger
 from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.privacy.verify import verify
-from fedclip_secure.silo.account import Account, note_of, open_ledger
+from fedclip_secure.silo.account import Account, end_runs, mend_clock, note_of, open_ledger, run_terms
 from fedclip_secure.silo.outcome import adapter_folder
 from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted
+from fedclip_secure.silo.receipts import read_receipts
 from fedclip_secure.silo.report import make_report
 from fedclip_secure.silo.train import take_part
 from fedclip_secure.training.inputs import load_inputs
@@ -308,15 +317,243 @@ def test_data_that_changed_within_a_run_are_refused_until_a_person_says_so(tmp_p
     assert kinds(labs.entries(name)) == [Begin, Reserve, Settle, Data, Reserve, Settle]
 
 
-def test_two_identities_of_one_organisation_cannot_write_into_the_ledger_at_once(tmp_path: Path) -> None:
+def command(labs: Labs, name: str, *words: str) -> str:
+    """What another process of this silo prints, all of it."""
+    words = (
+        "-c",
+        "from fedclip_cli.silo import main; main()",
+        words[0],
+        "--config",
+        str(labs.folder / f"{name}.yaml"),
+        *words[1:],
+    )
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "400"}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=90, check=False, env=environment
+    )
+    return f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+
+def test_two_federations_of_one_organisation_are_trained_at_once_into_one_ledger(tmp_path: Path) -> None:
+    first, second, name = Labs.create(tmp_path / "first"), Labs.create(tmp_path / "second"), SILOS[0]
+    shared = first.configs[name].ledger
+    second.configs[name] = second.configs[name].model_copy(update={"ledger": shared})
+
+    async def main() -> None:
+        async with first.site.serving(), second.site.serving(), asyncio.timeout(200):
+            await asyncio.gather(*(labs.train(silo) for labs in (first, second) for silo in SILOS))
+
+    asyncio.run(main())
+    entries = first.entries(name)
+    found = kinds(entries)
+    assert [found.count(kind) for kind in (Begin, Reserve, Settle)] == [2, 4, 4]
+    for labs in (first, second):
+        config = labs_pinned(labs, name)
+        verdict = verify(make_report(config, labs.site.identities[name], labs.accepted, None))
+        assert verdict.passed, verdict.failures
+
+
+def test_budget_and_report_work_while_another_process_trains(tmp_path: Path) -> None:
+    labs, name, said = Labs.create(tmp_path), SILOS[0], list[str]()
+
+    def look(text: str) -> None:
+        if "round 1 of 2: averaged" in text:
+            said.extend(
+                command(labs, name, *words) for words in (("budget",), ("report", "--out", str(tmp_path / "out")))
+            )
+
+    assert labs.run(lab_a={"say": look}) == [None] * 3
+    budget, report = said
+    assert "lung-xray (lab-a)" in budget
+    assert re.search(
+        r"0\n.* 1 of 2 .*epsilon [0-9.]+ of 100 \([0-9]+ %\) spent .*; [0-9]+ more round", budget, re.DOTALL
+    )
+    assert "lung-xray (lab-a): 1 round(s); `fedclip-silo budget --end FEDERATION` frees" in budget
+    assert report.startswith("0\n"), report
+    body = json.loads((tmp_path / "out/report.json").read_bytes())["body"]
+    assert (body["ledger"]["uploaded"], body["claim"]["spent"]["trained"]) == ([1], [1])
+
+
+def test_train_says_which_ledger_it_writes_into_and_what_that_remembers(tmp_path: Path) -> None:
+    first, second, name = Labs.create(tmp_path / "first"), Labs.create(tmp_path / "second"), SILOS[0]
+    ledger = first.configs[name].ledger
+    second.configs[name] = second.configs[name].model_copy(update={"ledger": ledger})
+    for labs in (first, second):
+        labs.run(**{silo.replace("-", "_"): {"say": copy_then_stop_at_one} for silo in SILOS})
+    new = f"{name}: begins a new ledger at {ledger}; nothing spent before is remembered"
+    assert new in first.heard[name]
+    assert new not in second.heard[name]
+    (known,) = (line for line in second.heard[name] if "it remembers" in line)
+    day = r"20[0-9]{2}-[01][0-9]-[0-3][0-9]"
+    told = (
+        rf"{name}: ledger {ledger}: first entry {day}, newest {day}; it remembers 1 run\(s\) \(1 of lung-xray\) and 5"
+    )
+    assert re.match(told, known), known
+
+
+def test_accept_says_which_ledger_before_a_person_consents(tmp_path: Path) -> None:
     labs, name = Labs.create(tmp_path), SILOS[0]
-    holder = open_ledger(labs.configs[name], labs.site.identities[name])
-    try:
-        refused = labs.alone(name)
-    finally:
-        holder.close()
-    assert isinstance(refused, DataError)
-    assert "ledger" in str(refused)
+
+    async def accept() -> str:
+        async with labs.site.serving():
+            return await asyncio.to_thread(command, labs, name, "accept", "--yes")
+
+    said = asyncio.run(accept())
+    assert f"begins a new ledger at {labs.configs[name].ledger}; nothing spent before is remembered" in said
+    assert not Path(labs.configs[name].ledger).exists(), "it is begun by a run"
+    account = Account.opened(labs.configs[name], labs.site.identities[name], labs.accepted)
+    account.begin(unit_ids_of(labs, name), changed_data=False)
+    account.close()
+    assert f"ledger {labs.configs[name].ledger}: first entry 20" in asyncio.run(accept())
+
+
+def begun(labs: Labs, name: str, *rounds: int) -> None:
+    """A run in the ledger, without a federation."""
+    account = Account.opened(labs.configs[name], labs.site.identities[name], labs.accepted)
+    account.begin(unit_ids_of(labs, name), changed_data=False)
+    for number in rounds:
+        with account.charged(number):
+            pass
+    account.close()
+
+
+def test_ledger_behind_a_link_is_found_to_be_restored_by_whichever_name(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    link, real = tmp_path / "link", tmp_path / "storage" / "ledger"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    plain = labs.configs[name]
+    labs.configs[name] = linked = plain.model_copy(update={"ledger": str(link)})
+    begun(labs, name)
+    backup = tmp_path / "backup"
+    shutil.copytree(real, backup)
+    begun(labs, name, 1)
+    note = real.with_name("ledger.head")
+    assert (note_of(linked), note.exists(), link.with_name("link.head").exists()) == (note, True, False)
+    shutil.rmtree(real)
+    shutil.copytree(backup, real)
+    for config in (linked, plain.model_copy(update={"ledger": str(real)})):
+        with pytest.raises(
+            TrustError, match=rf"^{real}/ledger.sqlite: lacks the entry that was written last.*restore the"
+        ):
+            open_ledger(config, labs.site.identities[name])
+    note.rename(link.with_name("link.head"))  # as version 0.1 kept it
+    with pytest.raises(TrustError, match="lacks the entry that was written last"):
+        open_ledger(linked, labs.site.identities[name])
+    shutil.rmtree(real)
+    with pytest.raises(TrustError, match=rf"^{real}: is gone, and {link}.head says that there was a ledger"):
+        open_ledger(linked, labs.site.identities[name])
+
+
+def test_note_beside_the_ledger_is_never_put_back_by_whoever_comes_later(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    begun(labs, name)
+    slow = open_ledger(labs.configs[name], labs.site.identities[name])
+    begun(labs, name, 1)
+    slow.note_newest(note_of(labs.configs[name]))
+    with closing(open_ledger(labs.configs[name], labs.site.identities[name])) as ledger:
+        assert note_of(labs.configs[name]).read_text() == f"{ledger.head.hex()}\n"
+        assert len(ledger.entries()) == 3
+    slow.close()
+
+
+def test_budget_ends_a_run_that_will_never_be_finished(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    said = command(labs, name, "budget", "--end", "lung-xray")
+    assert (
+        said == f"1\nerror: {labs.configs[name].ledger}: there is no ledger; `ledger` in silo.yaml names it, and "
+        "`train` begins it\n"
+    )
+    begun(labs, name, 1)
+    said = command(labs, name, "budget", "--end", "hearts")
+    assert (
+        "lab-a has no unfinished run of a federation hearts here; unfinished are: lung-xray at lab-a: 1 round(" in said
+    )
+    said = command(labs, name, "budget", "--end", "lung-xray")
+    assert "ended: nothing more is paid for in lung-xray; 1 round(s) are free again" in said
+    assert "lung-xray (lab-a), records, ended" in said
+    assert "--end FEDERATION" not in said
+    assert kinds(labs.entries(name)) == [Begin, Reserve, Settle, End]
+    labs.entries(name)  # and the note goes with it
+    with pytest.raises(ConfigError, match="no unfinished run"):
+        end_runs(labs.configs[name], labs.site.identities[name], "lung-xray")
+
+
+def test_budget_mends_a_clock_and_the_report_says_so(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    config, identity = labs_pinned(labs, name), labs.site.identities[name]
+    in_2036 = 2_100_000_000.0
+    folder = Path(config.ledger)
+    with closing(Ledger(folder, name, identity.sign, identity.key.public_bytes, clock=lambda: in_2036)) as ahead:
+        ahead.open_run(run_terms(config, labs.accepted), [row.tobytes() for row in unit_ids_of(labs, name)], None)
+    with pytest.raises(DataError, match=r"newest entry is of 2036-.*run `fedclip-silo budget --clock-was-wrong`"):
+        begun(labs, name, 1)
+    said = command(labs, name, "budget", "--clock-was-wrong")
+    assert "noted and signed: the clock was ahead" in said
+    assert "not ahead of the clock; there is nothing to mend" in command(labs, name, "budget", "--clock-was-wrong")
+    begun(labs, name, 1)
+    assert kinds(labs.entries(name)) == [Begin, Clock, Reserve, Settle]
+    with pytest.raises(ConfigError, match="nothing to mend"):
+        mend_clock(config, identity)
+    data = make_report(config, identity, labs.accepted, None)
+    assert verify(data).passed
+    states = {item["id"]: item for item in json.loads(data)["body"]["assumptions"]}
+    assert states["clock"]["state"] == "open"
+    assert "The silo declared that its clock had been wrong." in states["clock"]["because"]
+
+
+def test_terms_of_a_run_name_the_program_and_what_was_done_to_ids_of_patients(tmp_path: Path) -> None:
+    of_records, of_patients = Labs.create(tmp_path / "records"), Labs.create(tmp_path / "patients", unit="patient")
+    data = ManifestData(format="manifest", path="x.csv", patients=PatientIds(normalise=["casefold"]))
+    config = of_records.configs[SILOS[0]].model_copy(update={"data": data})
+    assert run_terms(config, of_records.accepted).patients == ()
+    found = run_terms(config, of_patients.accepted)
+    assert (found.patients, found.code) == (("casefold",), code_sha256())
+    plain = FolderData(format="folder", path="x")
+    assert run_terms(config.model_copy(update={"data": plain}), of_patients.accepted).patients == ()
+
+
+def test_receipts_of_a_journal_that_was_restored_are_not_taken_for_all(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    identity, workdir = labs.site.identities[name], Path(labs.configs[name].workdir)
+    roster = labs.accepted.roster.digest
+    assert read_receipts(workdir, identity.epoch_path, roster) == ()
+    backups = []
+
+    def copy(text: str) -> None:
+        if "round 1 of 2: averaged" in text:
+            backups.append((workdir / "journal.sqlite").read_bytes())
+
+    assert labs.run(lab_a={"say": copy}) == [None] * 3
+    assert len(read_receipts(workdir, identity.epoch_path, roster)) == 2
+    database = workdir / "journal.sqlite"
+    for damage, kind, said in (
+        (backups[0], TrustError, "does not match .*restored from a backup, or lost, and receipts may be missing"),
+        (b"garbage" * 1000, DataError, "its receipts cannot be read .*not a database.*run `fedclip-silo recover`"),
+    ):
+        database.write_bytes(damage)
+        with pytest.raises(kind, match=said):
+            read_receipts(workdir, identity.epoch_path, roster)
+    database.unlink()
+    with pytest.raises(DataError, match="its receipts cannot be read"):
+        read_receipts(workdir, identity.epoch_path, roster)
+    assert not database.exists()
+
+
+def test_receipts_wait_for_a_write_and_take_back_what_a_killed_process_left(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    assert labs.run() == [None] * 3
+    identity, workdir = labs.site.identities[name], Path(labs.configs[name].workdir)
+    killed = tmp_path / "killed"
+    with closing(sqlite3.connect(workdir / "journal.sqlite", isolation_level=None)) as sql:
+        sql.executescript("PRAGMA cache_size=1; PRAGMA cache_spill=1; BEGIN; UPDATE epoch SET number = 0;")
+        sql.execute("DELETE FROM receipts")
+        sql.executemany("INSERT INTO receipts VALUES (randomblob(32), 1, 1, randomblob(4000))", [()] * 50)
+        shutil.copytree(workdir, killed)  # some of it is in the file
+        sql.execute("ROLLBACK")
+    for folder in (workdir, killed):
+        assert len(read_receipts(folder, identity.epoch_path, labs.accepted.roster.digest)) == 2
 
 
 def test_features_without_the_silos_word_are_refused(tmp_path: Path) -> None:
