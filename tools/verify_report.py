@@ -57,6 +57,15 @@ TESTS = (  # of a whole audit, in order
     "canary_scores",
     "one_run_attack",
 )
+RELEASES = dict.fromkeys(  # noisy sums of one step, by the method's name
+    (
+        *("fedclip", "linear_probe", "private_prototypes", "discriminant", "fedapt", "fedavg_full", "fedprox_full"),
+        *("fedtune:text_context", "fedtune:text_bias", "fedtune:visual_prompt", "fedtune:visual_prompt_deep"),
+        *("fedtune:adapter", "fedtune:visual_bias", "fedtune:layernorm", "fedtune:lora", "fedtune:head"),
+        "fedtune:full",
+    ),
+    1,
+) | {"feddat": 2}
 SENTENCES = {
     "claim": "Adding or removing any one {unit} makes nothing that training at {silo} puts into its uploads to "
     "federation {federation}, or into any model made from them, more than {times} times as likely "
@@ -201,6 +210,12 @@ class Maybe(NamedTuple):
     form: Any
 
 
+class Absent(NamedTuple):
+    """This form, or no such key; never null."""
+
+    form: Any
+
+
 class Many(NamedTuple):
     """A list of so many at most."""
 
@@ -219,10 +234,12 @@ def check_form(value: Json, form: Any, where: str) -> None:
             check_form(item, form.form, f"{where}.{number}")
     elif isinstance(form, dict):
         need(isinstance(value, dict), f"{where} is no object")
-        odd = sorted(set(value) ^ set(form))
+        left_out = {name for name, inner in form.items() if isinstance(inner, Absent) and name not in value}
+        odd = sorted(set(value) ^ set(form) - left_out)
         need(not odd, f"{where} lacks or may not have {', '.join(odd)[:100]}")
-        for name, inner in form.items():
-            check_form(value[name], inner, f"{where}.{name}")
+        for name, inner in value.items():
+            known = form[name]
+            check_form(inner, known.form if isinstance(known, Absent) else known, f"{where}.{name}")
     elif isinstance(form, str):
         need(isinstance(value, str) and re.fullmatch(form, value) is not None, f"{where} has a wrong form")
     elif isinstance(form, set):
@@ -329,6 +346,12 @@ def is_method(value: Json) -> bool:
     return keys >= set(plain) and named and all(is_option(value[key]) for key in keys - set(plain))
 
 
+def is_shares(value: Json) -> bool:
+    """A share for each of some names."""
+    named = isinstance(value, dict) and all(re.fullmatch(TEXT, name) for name in value)
+    return named and all(PROBABILITY(share) for share in value.values())
+
+
 def form_of_model(value: Json) -> Any:
     """By its name: the open_clip one where it has none of the others'."""
     name = value.get("name")
@@ -380,10 +403,12 @@ PLAN = {
             "update_divisor": POSITIVE,
             "delta": real(0, 0.01, above=True),
             "max_retrains": whole(0, 10_000),
+            "accuracy": Absent({"data": TEXT, "without_noise": is_shares, "with_noise": is_shares}),
         }
     ),
     "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), whole(1)),
     "initial": Maybe(TEXT),
+    **dict.fromkeys(("purpose", "contact", "retention"), Absent(TEXT)),
 }
 LOCK = {
     "version": whole(1, 1),
@@ -570,6 +595,9 @@ def check_plan(plan: Json) -> None:
     training = plan["training"]
     plain = splits["validation"] > 0 or masks["weights"] == "masked" or training["local_epochs"] != 1
     need(not plain and training["batch_size"] is None, "the plan's privacy does not go with its other values")
+    if (accuracy := privacy.get("accuracy")) is not None:
+        each = all(set(accuracy[key]) == set(folders) for key in ("without_noise", "with_noise"))
+        need(each, "the plan's accuracies are not of its classes")
 
 
 # Arithmetic
@@ -819,7 +847,12 @@ def sigma_of(body: Json) -> float:
 def per_round(body: Json) -> int:
     """Steps that one round charges."""
     contract = body["contract"]
-    need(contract["plan"]["method"]["loss"] == "cross_entropy", "the loss is not known to be of one record alone")
+    method, locked = contract["plan"]["method"], contract["lock"]["releases"]
+    need(method["loss"] == "cross_entropy", "the loss is not known to be of one record alone")
+    released = RELEASES.get(method["name"])
+    need(released is not None, f"what a step of {method['name']} releases is unknown; use a newer verify_report.py")
+    fact = f"the lock says that a step of {method['name']} releases {locked} noisy sum(s), and it releases {released}"
+    need(locked == released, fact)
     return int(contract["plan"]["privacy"]["steps_per_round"] * contract["lock"]["releases"])
 
 

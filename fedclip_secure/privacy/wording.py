@@ -264,6 +264,7 @@ MECHANISM_NOTES = [
     "Sum and noise are 64-bit floating point, rounded to a fixed grid; what floating point leaves is not accounted.",
     "Every phase of a method draws a batch of its own and is charged as a release of its own.",
 ]
+NOT_STATED = "not stated in the plan"  # where a plan could say for what, whom to ask, and what becomes of the model
 CANNOT_SHOW = [
     "which program ran on the silo's machine",
     "that the noise was added, and drawn as it should be",

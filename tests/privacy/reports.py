@@ -22,6 +22,7 @@ from fedclip_secure.privacy.entries import SignedEntry
 from fedclip_secure.privacy.federation_report import FederationFacts, combine
 from fedclip_secure.privacy.ledger import Ledger, OpenRun, RunTerms
 from fedclip_secure.privacy.receipts import Receipt
+from fedclip_secure.privacy.releases import RELEASES
 from fedclip_secure.privacy.report import SiloFacts, report_body, sign_report
 
 SILOS = ("birch", "cedar", "oak")
@@ -90,7 +91,8 @@ def contract(privacy: dict[str, Any] | None = None, **plan: Any) -> Contract:
     """The plan above with other values."""
     block = {**PLAN["privacy"], **(privacy or {})}
     made = check({**PLAN, **plan, "privacy": block}, FederationPlan, "plan")
-    lock = {**LOCK, "plan": made.digest.hex(), "noise_multiplier": block["noise_multiplier"]}
+    releases = RELEASES.get(made.method.name, 1)
+    lock = {**LOCK, "plan": made.digest.hex(), "noise_multiplier": block["noise_multiplier"], "releases": releases}
     return Contract(made, check(lock, FederationLock, "lock"))
 
 
@@ -121,7 +123,7 @@ def terms_of(agreed: Contract, roster: Roster) -> RunTerms:
         noise_multiplier=agreed.lock.noise_multiplier,
         sample_rate=privacy.sample_rate,
         steps_per_round=privacy.steps_per_round,
-        releases=1,
+        releases=agreed.lock.releases,
         rounds=agreed.plan.training.rounds,
         max_retrains=privacy.max_retrains,
         max_grad_norm=privacy.max_grad_norm,

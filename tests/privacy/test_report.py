@@ -9,7 +9,6 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from fedclip_secure.config.lock import Contract
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.privacy.accountant import epsilon
 from fedclip_secure.privacy.document import TESTS, Attack, Audit, Estimate, Limit, SelfTest, json_schema
@@ -210,8 +209,7 @@ def test_what_nothing_can_be_claimed_for_is_refused(agreed: Any, fact: str) -> N
 
 
 def test_every_release_of_a_step_is_charged() -> None:
-    once = contract()
-    twice = Contract(once.plan, once.lock.model_copy(update={"releases": 2}))
+    once, twice = contract(), contract(method={"name": "feddat"})
     claims = [report_body(SiloFacts(agreed, _roster(), "oak", NOW))["claim"]["epsilon"] for agreed in (once, twice)]
     assert claims[1] > claims[0]
 
