@@ -80,10 +80,21 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/all-runs-fit": "ee66ad67114c52b6",
     "assumptions/alone": "afcdb7f5d897e6f8",
     "assumptions/arithmetic": "cba927cfc94bca46",
+    "assumptions/audit-after": "51c5f6c04b10fd74",
+    "assumptions/audit-before": "e9182dcacbff5d16",
+    "assumptions/audited-other": "a63a436b0ec915de",
+    "assumptions/audited-same": "ed683948a1dc0b1c",
+    "assumptions/audited-unknown": "4c36c6cb0b9f6126",
     "assumptions/code": "f82f9d78ddc7eed5",
+    "assumptions/code-changed": "db3d4304147827db",
+    "assumptions/code-nothing-trained": "278bd10cf6a9adaa",
+    "assumptions/code-of-report": "b7e5491b35d51729",
+    "assumptions/code-one": "4b64ddb0971445ea",
+    "assumptions/code-unrecorded": "9e219456a989ec5a",
     "assumptions/delta": "29799b7b7d92b678",
     "assumptions/features": "ae11b30212a999a3",
     "assumptions/features-external": "2dd852052726037d",
+    "assumptions/features-in-batches": "0ee8ba1bef945d34",
     "assumptions/features-none": "f7da0573f8eff7d7",
     "assumptions/floating-point": "2f72acb9d1afed95",
     "assumptions/ledger": "6040c0802a4eb600",
@@ -92,6 +103,7 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/masks": "a40c57850deea927",
     "assumptions/mechanism": "f3a93b55689d6483",
     "assumptions/mechanism-failed": "752ae2e5a9f1e4b3",
+    "assumptions/mechanism-said": "826a7ef731c500b8",
     "assumptions/mechanism-untested": "83926a5d2cb7b4e5",
     "assumptions/no-limit": "d3024ea4b47c8aa3",
     "assumptions/second-accountant": "1382021282c95784",
@@ -133,6 +145,7 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
 }
 CANNOT = [
     "which program ran on the silo's machine, or that noise was added",
+    "that the tests of the mechanism were run: the silo says so",
     "that there is no second ledger",
     "that no newer rounds were left out together with their receipts: the coordinator's report shows those",
     "that the fingerprints are those that people compared: compare them yourself",
@@ -463,7 +476,7 @@ ESTIMATE = {"library": PLAIN, "epsilon": EPSILON}
 SPENT = {"trained": Many(whole(1)), "retrains": whole(0)}
 COMMON = {
     "format": {"fedclip-privacy-report"},
-    "version": whole(1, 1),
+    "version": whole(1, 2),
     "at": whole(0),
     "federation": NAME,
     "contract": {"digest": HEX32, "plan": PLAN, "lock": LOCK},
@@ -490,6 +503,8 @@ SILO = COMMON | {
     ),
     "audit": Maybe(
         {
+            "at": Absent(lambda v: whole(0)(v) and v % 3600 == 0),
+            "code": Absent(HEX32),
             "self_tests": Many({"name": set(TESTS), "passed": BOOLEAN, "shows": PLAIN}, 100),
             "attack": Maybe(
                 dict.fromkeys(("canaries", "guesses", "right"), whole(0))
@@ -516,7 +531,7 @@ SILO = COMMON | {
         {"id": NAME, "what": WORDS, "status": {"accounted", "public", "unprotected"}, "because": WORDS},
     ),
     "trust": Many(NOTE),
-    "assumptions": Many(NOTE | {"state": {"shown", "tested", "stated", "open"}}),
+    "assumptions": Many(NOTE | {"state": {"shown", "said", "stated", "open", "tested"}}),
     "mechanism": Maybe(
         {
             "method": TEXT,
@@ -773,6 +788,8 @@ class Ledger:
             self._take(entry, previous, where)
             self.place[previous] = number
             self.entries.append(entry)
+        newest = max((entry["version"] for entry in self.entries), default=1)
+        need(body["version"] >= newest, "the ledger has entries of a newer version than the report")
         wanted = body["silo"], body["contract"]["digest"], body["roster"]["digest"]
         self.run = next((run for run in self.runs.values() if run.of == wanted), None)
         self.begin = self.run.begin if self.run else None
@@ -810,6 +827,13 @@ class Ledger:
     def _new_set(self, entry: Json, where: str) -> None:
         need(entry["set"] not in self.sets, f"{where} gives the name of a set of units to another one")
         self.sets.add(entry["set"])
+
+    @property
+    def codes(self) -> list[str]:
+        """Hashes of the code that trained; none where the entry that began the run has none."""
+        if self.begin is None or "code" not in self.begin:
+            return []
+        return [entry["code"] for entry in self.entries if entry.get("run") == self.begin["run"] and "code" in entry]
 
     @property
     def trained(self) -> list[int]:
@@ -1000,6 +1024,13 @@ def check_audit(body: Json) -> None:
     need(proven <= body["claim"]["epsilon"], f"an attack is said to prove an epsilon of {proven}, above the claim")
 
 
+def check_audit_form(body: Json) -> None:
+    """Version 1 had neither its hour nor its code; it is no younger than the report."""
+    audit = body["audit"] or {}
+    need(body["version"] > 1 or not set(audit) & {"at", "code"}, "version 1 does not say when and on what code")
+    need(audit.get("at", 0) <= body["at"], "the audit is younger than the report")
+
+
 def check_texts(body: Json, ledger: Ledger | None) -> None:
     """Which texts there must be, by id, and that each is the known one."""
     wanted = {
@@ -1078,14 +1109,12 @@ def trust_ids(body: Json) -> list[str]:
 def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
     """What the claim rests on; the id says in which state."""
     privacy = body["contract"]["plan"]["privacy"]
+    first = body["version"] == 1
     if privacy is None or ledger is None:
-        return ["masks", "sums", "code"]
-    tests = (body["audit"] or {"self_tests": []})["self_tests"]
-    every = tuple(test["name"] for test in tests) == TESTS
-    passed = all(test["passed"] for test in tests)
-    tested = "mechanism-failed" if not passed else "mechanism" if every else "mechanism-untested"
+        return ["masks", "sums", "code" if first else "code-of-report"]
     second = {True: "second-accountant", False: "second-accountant-differs", None: "second-accountant-none"}
-    features = {"computed here": "features", "stated to be per record": "features-external", None: "features-none"}
+    here = "features" if first else "features-in-batches"
+    features = {"computed here": here, "stated to be per record": "features-external", None: "features-none"}
     life = body["lifetime"]
     fits = life is not None and life["every_run"] <= life["budget"]
     return [
@@ -1094,14 +1123,36 @@ def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
         second[body["accounting"]["agree"]],
         "ledger" if body["ledger"]["receipts"] else "ledger-unreceipted",
         "second-ledger",
-        "code",
-        tested,
+        *tests_and_code_ids(body, ledger),
         "floating-point",
         features[ledger.begin["features"] if ledger.begin else None],
         f"units-{privacy['unit']}",
         "delta",
         "no-limit" if life is None else "all-runs-fit" if fits else "limit-kept",
     ]
+
+
+def tests_and_code_ids(body: Json, ledger: Ledger) -> list[str]:
+    """Which code trained, and what the silo says that it tested."""
+    audit, codes = body["audit"], set(ledger.codes)
+    tests = (audit or {"self_tests": []})["self_tests"]
+    every = tuple(test["name"] for test in tests) == TESTS
+    passed = all(test["passed"] for test in tests)
+    if body["version"] == 1:
+        return ["code", "mechanism-failed" if not passed else "mechanism" if every else "mechanism-untested"]
+    if ledger.begin is None:
+        ran = "code-nothing-trained"
+    else:
+        ran = "code-unrecorded" if not codes else "code-one" if len(codes) == 1 else "code-changed"
+    found = [ran, "mechanism-failed" if not passed else "mechanism-said" if every else "mechanism-untested"]
+    if audit is None or ledger.begin is None:
+        return found
+    known = bool(codes) and "code" in audit
+    found.append(("audited-same" if codes == {audit["code"]} else "audited-other") if known else "audited-unknown")
+    if "at" in audit and ledger.reserved:
+        charged = next(iter(ledger.reserved.values()))["at"]
+        found.append("audit-before" if audit["at"] <= charged else "audit-after")
+    return found
 
 
 # Whole reports
@@ -1138,6 +1189,7 @@ def check_silo(out: Printed, report: Json, name: str, held: Sequence[bytes] = ()
     out.check(f"{name}plan and roster", lambda: check_agreed(body))
     out.check(f"{name}signature", lambda: check_signature(report))
     out.check(f"{name}models", lambda: check_models(body))
+    out.check(f"{name}audit", lambda: check_audit_form(body))
     ledger = None
     if body["contract"]["plan"]["privacy"] is None:
         out.check(f"{name}no claim", lambda: check_nothing_claimed(body))
@@ -1220,6 +1272,8 @@ def check_same_models(body: Json) -> None:
 def check_summaries(body: Json, held: dict[str, list[bytes]]) -> None:
     """One line for each silo of the roster."""
     reports = {inner["body"]["silo"]: inner["body"] for inner in body["reports"]}
+    newer = [silo for silo, inner in reports.items() if inner["version"] > body["version"]]
+    need(not newer, f"the report of {', '.join(newer)} is of a newer version than this one")
     need([inner["body"]["silo"] for inner in body["reports"]] == sorted(reports), "reports are not in order, or twice")
     need(
         body["planned_rounds"] == body["contract"]["plan"]["training"]["rounds"],

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from fedclip_secure import canonical
-from fedclip_secure.config.fields import CONTROL, Name, Number, Seconds, Strict, Text
+from fedclip_secure.config.fields import CONTROL, LATER, Name, Number, Seconds, Strict, Text
 from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
@@ -193,14 +193,6 @@ class SecureAggregation(Strict):
         return self
 
 
-def _is_absent(value: object) -> bool:
-    return value is None
-
-
-# Of a key that version 0.1 did not have: where it is not given, it is in no canonical form, and no digest changes.
-_LATER = Field(exclude_if=_is_absent)
-
-
 class Accuracy(Strict):
     """Shares of records that were right, by class, as the coordinator measured them elsewhere; nobody checks them."""
 
@@ -224,7 +216,7 @@ class PrivacyPlan(Strict):
     update_divisor: Positive  # in place of the batch size
     delta: Annotated[Number, Field(gt=0, le=0.01)]
     max_retrains: int = Field(default=0, ge=0, le=10_000)  # rounds that a silo may train again; paid for from the start
-    accuracy: Annotated[Accuracy | None, _LATER] = None  # what the noise costs each class
+    accuracy: Annotated[Accuracy | None, LATER] = None  # what the noise costs each class
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacyPlan:
@@ -258,9 +250,9 @@ class FederationPlan(Strict):
     privacy: PrivacyPlan | None = None
     deadlines: Deadlines = Deadlines()
     initial: Text | None = None  # an adapter to go on from, beside federation.yaml
-    purpose: Annotated[Text | None, _LATER] = None  # what the model is for
-    contact: Annotated[Text | None, _LATER] = None  # whom to ask
-    retention: Annotated[Text | None, _LATER] = None  # what becomes of the model, and when it is deleted
+    purpose: Annotated[Text | None, LATER] = None  # what the model is for
+    contact: Annotated[Text | None, LATER] = None  # whom to ask
+    retention: Annotated[Text | None, LATER] = None  # what becomes of the model, and when it is deleted
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from fedclip_secure.privacy.federation_report import FederationFacts, combine
 from fedclip_secure.privacy.ledger import Ledger, OpenRun, RunTerms
 from fedclip_secure.privacy.receipts import Receipt
 from fedclip_secure.privacy.releases import RELEASES
-from fedclip_secure.privacy.report import SiloFacts, report_body, sign_report
+from fedclip_secure.privacy.report import HOUR, SiloFacts, report_body, sign_report
 
 SILOS = ("birch", "cedar", "oak")
 NOW = 1_790_000_000
@@ -74,7 +74,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"preprocessing": PREPROCESSING},
     ),
 }  # a plan's model and a lock's encoder
+CODE = "5" * 64
 AUDIT = Audit(
+    at=NOW // HOUR * HOUR - 3 * 24 * HOUR,
+    code=CODE,
     self_tests=[SelfTest(name=name, passed=True, shows="no p-value was below the bound") for name in TESTS],
     attack=Attack(
         canaries=10_000,
@@ -194,7 +197,7 @@ class Site:
             models={number: bytes([number]) * 32 for number in range(1, rounds + 1)},
             limit=limit,
             units_at_least=1000,
-            versions={"fedclip-secure": "0.1.0", "code sha256": "5" * 64},
+            versions={"fedclip-secure": "0.1.0", "code": CODE},
         )
 
     def signed(self, body: dict[str, Any], signer: str = "oak") -> bytes:
@@ -244,4 +247,16 @@ def rewrite(body: dict[str, Any], key: Ed25519PrivateKey, edit: Callable[[list[d
     body["ledger"]["entries"] = done
 
 
-__all__ = ["AUDIT", "NOW", "SILOS", "Site", "body_of", "contract", "plain_contract", "replace", "rewrite"]
+__all__ = [
+    "AUDIT",
+    "CODE",
+    "HOUR",
+    "NOW",
+    "SILOS",
+    "Site",
+    "body_of",
+    "contract",
+    "plain_contract",
+    "replace",
+    "rewrite",
+]
