@@ -24,7 +24,7 @@ from fedclip_secure.privacy.canonical_json import encode
 
 _LABEL = b"fedclip/v1/privacy-report\x00"
 FORMAT = "fedclip-privacy-report"
-VERSION = 2  # of what is written; version 1 is read
+VERSION: Literal[2] = 2  # of what is written; version 1 is read
 
 Words = Annotated[str, Field(max_length=2000)]
 # What is stated freely. Latin-1 has no sign that could turn, hide or overprint the text around it but the soft hyphen.
@@ -293,7 +293,7 @@ class SiloBody(Strict):
     ledger: LedgerPart | None
     models: list[RoundModel]
     audit: Audit | None
-    versions: dict[Plain, Plain] = Field(max_length=100)
+    versions: dict[Plain, Plain] = Field(max_length=100)  # of the software that wrote this, not of what trained
     claim: Claim | None
     scope: list[Scope]
     not_covered: list[Note]

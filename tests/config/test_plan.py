@@ -373,7 +373,7 @@ PRIVATE = {
         "update_divisor": 64.0, "delta": 1e-5,
     },
 }  # fmt: skip
-ACCURACY = {
+ACCURACY: dict[str, Any] = {
     "data": "drawn labs, three seeds",
     "without_noise": {"normal": 0.9, "covid": 0.8, "pneumonia": 1.0},
     "with_noise": {"normal": 0.9, "covid": 0.5, "pneumonia": 0.0},
@@ -413,7 +413,7 @@ def test_the_new_keys_are_agreed_on_like_all_others() -> None:
         ({"data": ""}, "accuracy.data: "),
         ({"data": "x\u202e"}, "accuracy.data: holds a control character"),
     ],
-)  # type: ignore[misc]
+)
 def test_accuracies_are_shares_of_the_plans_classes(changed: dict[str, Any], fact: str) -> None:
     with pytest.raises(ConfigError, match=fact):
         check(

@@ -210,7 +210,8 @@ def test_card_of_a_plan_that_nothing_can_be_claimed_of_says_so() -> None:
         "update_divisor": 64.0, "delta": 1e-5}}  # fmt: skip
     plan["training"] = {"rounds": 50, "optimizer": {"lr": 1e-3}}
     for lock in ({**LOCK, "noise_multiplier": 0.01}, {**LOCK, "noise_multiplier": 5.0, "releases": 2}, LOCK):
-        card, facts = (make(FACTS, contract(plan, lock), ROSTER) for make in (model_card, make_card))
+        agreed = contract(plan, lock)
+        card, facts = model_card(FACTS, agreed, ROSTER), make_card(FACTS, agreed, ROSTER)
         assert "No epsilon can be claimed" in card
         assert "nothing bounds what it tells about them" in card
         assert facts["claim"] is None

@@ -175,7 +175,7 @@ def test_both_pages_name_method_encoder_and_classes(site: Site, report: bytes, p
         assert "method fedclip encoder none here: 8 features from files of the silos classes a, b" in text
 
 
-OFFICER = {
+OFFICER: dict[str, Any] = {
     "purpose": "triage, under evaluation",
     "contact": "privacy at the hospital",
     "retention": "deleted after two years",
