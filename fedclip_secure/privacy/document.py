@@ -14,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 
-from fedclip_secure.config.fields import Name, Number, Sha256, Strict, Text
+from fedclip_secure.config.fields import LATER, Name, Number, Sha256, Strict, Text
 from fedclip_secure.config.lock import Contract, FederationLock
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.errors import TrustError
@@ -24,6 +24,7 @@ from fedclip_secure.privacy.canonical_json import encode
 
 _LABEL = b"fedclip/v1/privacy-report\x00"
 FORMAT = "fedclip-privacy-report"
+VERSION: Literal[2] = 2  # of what is written; version 1 is read
 
 Words = Annotated[str, Field(max_length=2000)]
 # What is stated freely. Latin-1 has no sign that could turn, hide or overprint the text around it but the soft hyphen.
@@ -33,7 +34,8 @@ Wire = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){1,1000}$")]  # 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Epsilon = Annotated[Number, Field(ge=0, le=1e6)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
-State = Literal["shown", "tested", "stated", "open"]
+Hour = Annotated[int, Field(ge=0, le=2**53, multiple_of=3600)]  # seconds since 1970
+State = Literal["shown", "said", "stated", "open", "tested"]  # the last in version 1 alone, for what is now `said`
 TESTS = (  # of a whole audit, in its order
     "sensitivity",
     "noise_deviation",
@@ -162,8 +164,10 @@ class Attack(Strict):
 
 
 class Audit(Strict):
-    """What was tested on the silo's own machine. It depends on no real record."""
+    """What the silo says that it tested on its own machine. It depends on no real record."""
 
+    at: Annotated[Hour | None, LATER] = None  # when the tests ended; None in version 1
+    code: Annotated[Sha256 | None, LATER] = None  # of what was tested, as `software.code_sha256`; None in version 1
     self_tests: list[SelfTest] = Field(max_length=100)
     attack: Attack | None
 
@@ -262,7 +266,10 @@ class Note(Strict):
 
 
 class Assumption(Strict):
-    """What the claim rests on, and how far that is known: by this file, by tests, by somebody's word, or not at all."""
+    """What the claim rests on, and how far that is known.
+
+    `shown`: by this file. `said`: by tests, says the silo. `stated`: by somebody's word. `open`: not at all.
+    """
 
     id: Name
     text: Words
@@ -274,7 +281,7 @@ class SiloBody(Strict):
     """The report of one silo over one run."""
 
     format: Literal["fedclip-privacy-report"] = "fedclip-privacy-report"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = VERSION
     kind: Literal["silo"] = "silo"
     at: Annotated[int, Field(ge=0, le=2**53)]  # seconds since 1970, by the silo's clock
     federation: Name
@@ -286,7 +293,7 @@ class SiloBody(Strict):
     ledger: LedgerPart | None
     models: list[RoundModel]
     audit: Audit | None
-    versions: dict[Plain, Plain] = Field(max_length=100)
+    versions: dict[Plain, Plain] = Field(max_length=100)  # of the software that wrote this, not of what trained
     claim: Claim | None
     scope: list[Scope]
     not_covered: list[Note]
@@ -336,7 +343,7 @@ class FederationBody(Strict):
     """The coordinator's report: the silos' reports whole, so that one file can be checked alone."""
 
     format: Literal["fedclip-privacy-report"] = "fedclip-privacy-report"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = VERSION
     kind: Literal["federation"] = "federation"
     at: Annotated[int, Field(ge=0, le=2**53)]
     federation: Name
@@ -364,8 +371,8 @@ def json_schema() -> dict[str, Any]:
     either: TypeAdapter[SiloReport | FederationReport] = TypeAdapter(SiloReport | FederationReport)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": "urn:fedclip-secure:privacy-report:1",
-        "title": "Privacy report of fedclip-secure, version 1",
+        "$id": "urn:fedclip-secure:privacy-report:2",
+        "title": "Privacy report of fedclip-secure, versions 1 and 2",
         **either.json_schema(mode="serialization"),
     }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedclip_cli import silo
 
@@ -78,7 +79,7 @@ class Site:
         self.config(name).write_text(text.replace(old, new))
 
 
-def _prepare(home: Home) -> None:
+def _prepare(home: Home, **locked: object) -> None:
     """What `prepare` writes, without torch."""
     initial = AdapterState.from_arrays({"w": np.zeros((2, 3), np.float32)})
     data = initial.to_safetensors()
@@ -89,6 +90,7 @@ def _prepare(home: Home) -> None:
         "layout": [{"name": "w", "shape": [2, 3]}],
         "initial_model": initial.digest.hex(),
         "initial_file": hashlib.sha256(data).hexdigest(),
+        **locked,
     }
     write_lock(home.lock_path, check(lock, FederationLock, "lock"))
 
@@ -184,6 +186,36 @@ def test_policy_stops_accept_with_code_3_and_pins_nothing(site: Site) -> None:
     assert "policy.require_privacy" in output
     assert "policy.min_silos is 4" in output
     assert "sha256:" not in site.config("silo-a").read_text()
+
+
+def test_accept_says_that_a_release_of_a_step_is_not_charged_and_pins_nothing(site: Site) -> None:
+    home = Home(Path(site.home))
+    plan = home.plan().model_dump(mode="json") | {
+        "classes": home.plan().classes,
+        "method": {"name": "feddat"},
+        "splits": {"train": 0.8, "validation": 0.0, "test": 0.2},
+        "training": {"rounds": 5, "optimizer": {"lr": 1e-3}},
+        "privacy": {"unit": "record", "sample_rate": 0.05, "steps_per_round": 30, "noise_multiplier": 1.0,
+                    "max_grad_norm": 0.5, "update_divisor": 64.0, "delta": 1e-5},
+    }  # fmt: skip
+    plan["secure_aggregation"]["weights"] = "equal"
+    Path(site.home, "federation.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    _prepare(home, noise_multiplier=1.0)
+    site.frozen()
+    output = site.refused("a step of feddat releases 1 noisy sum", "accept", "--yes")
+    assert "and it releases 2; ask the coordinator to run `prepare` again" in " ".join(output.split())
+    assert "epsilon" not in output
+    assert "sha256:" not in site.config("silo-a").read_text()
+
+
+def test_accept_shows_for_what_whom_to_ask_and_what_becomes_of_the_model(site: Site) -> None:
+    with Path(site.home, "federation.yaml").open("a") as file:
+        file.write("purpose: triage, under evaluation\ncontact: privacy at the hospital\n")
+    _prepare(Home(Path(site.home)))
+    output = site.frozen().silo("accept", "silo-a", "--yes")
+    assert re.search(r"purpose +triage, under evaluation", output)
+    assert re.search(r"whom to ask +privacy at the hospital", output)
+    assert re.search(r"what becomes of it +not stated in the plan", output)
 
 
 def test_garbage_in_every_file_of_a_silo_is_named_and_left_alone(site: Site) -> None:
