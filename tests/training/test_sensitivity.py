@@ -104,6 +104,26 @@ def test_patients_whose_records_cancel_move_the_sum_by_no_more_than_the_norm() -
 SIGMA = noise_multiplier(1.0, 1e-5, 1.0, 1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
+@pytest.mark.parametrize("method", ON_FEATURES)
+def test_bits_of_a_record_do_not_depend_on_its_neighbours_on_cuda(method: str) -> None:
+    device = torch.device("cuda")
+    for width in (3, 129, 512, 1001):
+        module, phase, batch = build(dataclasses.replace(EDGE, method=method, width=width, weights="as built"))
+        batch = dataclasses.replace(
+            batch,
+            images=batch.images.to(device),
+            labels=batch.labels.to(device),
+            text_features=batch.text_features.to(device),
+        )
+        whole = shared_pass(module.to(device), phase, batch)
+        assert whole is not None
+        for rows in (torch.arange(1, 1000), torch.tensor([999]), torch.arange(999, -1, -1)):
+            part = shared_pass(module, phase, select(batch, rows.to(device)))
+            assert part is not None
+            assert part.equals(whole, rows.to(device))
+
+
 @pytest.mark.long
 def test_attack_on_last_bits_succeeds_no_more_often_than_the_claim_allows() -> None:
     """A coordinator's: features of an odd width, weights of 100, a norm of 10⁻⁶; 3,000 runs with a record and without.
