@@ -135,7 +135,9 @@ class LayerGradients:
         ends = itertools.accumulate(sizes)
         found = torch.stack([self._square(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)])
         lengths = torch.zeros_like(found).index_add(0, groups, squares.sqrt())
-        return torch.maximum(found, (lengths / _MOST_CANCELLED).square())
+        several = torch.maximum(found, (lengths / _MOST_CANCELLED).square())
+        alone = torch.zeros_like(found).index_add(0, groups, squares)  # as where no unit has several
+        return torch.where(torch.bincount(groups) == 1, alone, several)
 
     def _square(self, rows: slice) -> Tensor:
         return torch.stack([layer.square_of_sum(rows) for layer in self.layers]).sum()
