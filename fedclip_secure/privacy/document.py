@@ -36,6 +36,7 @@ Probability = Annotated[Number, Field(ge=0, le=1)]
 State = Literal["shown", "tested", "stated", "open"]
 TESTS = (  # of a whole audit, in its order
     "sensitivity",
+    "records_apart",
     "noise_deviation",
     "noise_shape",
     "noise_across_steps",
@@ -45,7 +46,10 @@ TESTS = (  # of a whole audit, in its order
     "participation",
     "membership_independence",
     "membership_across_runs",
+    "trainer_keys",
     "trainer",
+    "trainer_noise",
+    "trainer_noise_across_steps",
     "canary_scores",
     "one_run_attack",
 )
@@ -164,6 +168,8 @@ class Attack(Strict):
 class Audit(Strict):
     """What was tested on the silo's own machine. It depends on no real record."""
 
+    at: Annotated[int, Field(ge=0, le=2**53)]  # whole hours, in seconds since 1970
+    code: Sha256  # of the program that was tested, as in `versions`
     self_tests: list[SelfTest] = Field(max_length=100)
     attack: Attack | None
 
