@@ -57,6 +57,15 @@ TESTS = (  # of a whole audit, in order
     "canary_scores",
     "one_run_attack",
 )
+RELEASES = dict.fromkeys(  # noisy sums of one step, by the method's name
+    (
+        *("fedclip", "linear_probe", "private_prototypes", "discriminant", "fedapt", "fedavg_full", "fedprox_full"),
+        *("fedtune:text_context", "fedtune:text_bias", "fedtune:visual_prompt", "fedtune:visual_prompt_deep"),
+        *("fedtune:adapter", "fedtune:visual_bias", "fedtune:layernorm", "fedtune:lora", "fedtune:head"),
+        "fedtune:full",
+    ),
+    1,
+) | {"feddat": 2}
 SENTENCES = {
     "claim": "Adding or removing any one {unit} makes nothing that training at {silo} puts into its uploads to "
     "federation {federation}, or into any model made from them, more than {times} times as likely "
@@ -71,10 +80,21 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/all-runs-fit": "ee66ad67114c52b6",
     "assumptions/alone": "afcdb7f5d897e6f8",
     "assumptions/arithmetic": "cba927cfc94bca46",
+    "assumptions/audit-after": "51c5f6c04b10fd74",
+    "assumptions/audit-before": "e9182dcacbff5d16",
+    "assumptions/audited-other": "a63a436b0ec915de",
+    "assumptions/audited-same": "ed683948a1dc0b1c",
+    "assumptions/audited-unknown": "4c36c6cb0b9f6126",
     "assumptions/code": "f82f9d78ddc7eed5",
+    "assumptions/code-changed": "db3d4304147827db",
+    "assumptions/code-nothing-trained": "278bd10cf6a9adaa",
+    "assumptions/code-of-report": "b7e5491b35d51729",
+    "assumptions/code-one": "4b64ddb0971445ea",
+    "assumptions/code-unrecorded": "9e219456a989ec5a",
     "assumptions/delta": "29799b7b7d92b678",
     "assumptions/features": "ae11b30212a999a3",
     "assumptions/features-external": "2dd852052726037d",
+    "assumptions/features-in-batches": "0ee8ba1bef945d34",
     "assumptions/features-none": "f7da0573f8eff7d7",
     "assumptions/floating-point": "2f72acb9d1afed95",
     "assumptions/ledger": "6040c0802a4eb600",
@@ -83,6 +103,7 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/masks": "a40c57850deea927",
     "assumptions/mechanism": "f3a93b55689d6483",
     "assumptions/mechanism-failed": "752ae2e5a9f1e4b3",
+    "assumptions/mechanism-said": "826a7ef731c500b8",
     "assumptions/mechanism-untested": "83926a5d2cb7b4e5",
     "assumptions/no-limit": "d3024ea4b47c8aa3",
     "assumptions/second-accountant": "1382021282c95784",
@@ -124,6 +145,7 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
 }
 CANNOT = [
     "which program ran on the silo's machine, or that noise was added",
+    "that the tests of the mechanism were run: the silo says so",
     "that there is no second ledger",
     "that no newer rounds were left out together with their receipts: the coordinator's report shows those",
     "that the fingerprints are those that people compared: compare them yourself",
@@ -201,6 +223,12 @@ class Maybe(NamedTuple):
     form: Any
 
 
+class Absent(NamedTuple):
+    """This form, or no such key; never null."""
+
+    form: Any
+
+
 class Many(NamedTuple):
     """A list of so many at most."""
 
@@ -219,10 +247,12 @@ def check_form(value: Json, form: Any, where: str) -> None:
             check_form(item, form.form, f"{where}.{number}")
     elif isinstance(form, dict):
         need(isinstance(value, dict), f"{where} is no object")
-        odd = sorted(set(value) ^ set(form))
+        left_out = {name for name, inner in form.items() if isinstance(inner, Absent) and name not in value}
+        odd = sorted(set(value) ^ set(form) - left_out)
         need(not odd, f"{where} lacks or may not have {', '.join(odd)[:100]}")
-        for name, inner in form.items():
-            check_form(value[name], inner, f"{where}.{name}")
+        for name, inner in value.items():
+            known = form[name]
+            check_form(inner, known.form if isinstance(known, Absent) else known, f"{where}.{name}")
     elif isinstance(form, str):
         need(isinstance(value, str) and re.fullmatch(form, value) is not None, f"{where} has a wrong form")
     elif isinstance(form, set):
@@ -329,6 +359,12 @@ def is_method(value: Json) -> bool:
     return keys >= set(plain) and named and all(is_option(value[key]) for key in keys - set(plain))
 
 
+def is_shares(value: Json) -> bool:
+    """A share for each of some names."""
+    named = isinstance(value, dict) and all(re.fullmatch(TEXT, name) for name in value)
+    return named and all(PROBABILITY(share) for share in value.values())
+
+
 def form_of_model(value: Json) -> Any:
     """By its name: the open_clip one where it has none of the others'."""
     name = value.get("name")
@@ -380,10 +416,12 @@ PLAN = {
             "update_divisor": POSITIVE,
             "delta": real(0, 0.01, above=True),
             "max_retrains": whole(0, 10_000),
+            "accuracy": Absent({"data": TEXT, "without_noise": is_shares, "with_noise": is_shares}),
         }
     ),
     "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), whole(1)),
     "initial": Maybe(TEXT),
+    **dict.fromkeys(("purpose", "contact", "retention"), Absent(TEXT)),
 }
 LOCK = {
     "version": whole(1, 1),
@@ -438,7 +476,7 @@ ESTIMATE = {"library": PLAIN, "epsilon": EPSILON}
 SPENT = {"trained": Many(whole(1)), "retrains": whole(0)}
 COMMON = {
     "format": {"fedclip-privacy-report"},
-    "version": whole(1, 1),
+    "version": whole(1, 2),
     "at": whole(0),
     "federation": NAME,
     "contract": {"digest": HEX32, "plan": PLAN, "lock": LOCK},
@@ -465,6 +503,8 @@ SILO = COMMON | {
     ),
     "audit": Maybe(
         {
+            "at": Absent(lambda v: whole(0)(v) and v % 3600 == 0),
+            "code": Absent(HEX32),
             "self_tests": Many({"name": set(TESTS), "passed": BOOLEAN, "shows": PLAIN}, 100),
             "attack": Maybe(
                 dict.fromkeys(("canaries", "guesses", "right"), whole(0))
@@ -491,7 +531,7 @@ SILO = COMMON | {
         {"id": NAME, "what": WORDS, "status": {"accounted", "public", "unprotected"}, "because": WORDS},
     ),
     "trust": Many(NOTE),
-    "assumptions": Many(NOTE | {"state": {"shown", "tested", "stated", "open"}}),
+    "assumptions": Many(NOTE | {"state": {"shown", "said", "stated", "open", "tested"}}),
     "mechanism": Maybe(
         {
             "method": TEXT,
@@ -570,6 +610,9 @@ def check_plan(plan: Json) -> None:
     training = plan["training"]
     plain = splits["validation"] > 0 or masks["weights"] == "masked" or training["local_epochs"] != 1
     need(not plain and training["batch_size"] is None, "the plan's privacy does not go with its other values")
+    if (accuracy := privacy.get("accuracy")) is not None:
+        each = all(set(accuracy[key]) == set(folders) for key in ("without_noise", "with_noise"))
+        need(each, "the plan's accuracies are not of its classes")
 
 
 # Arithmetic
@@ -745,6 +788,8 @@ class Ledger:
             self._take(entry, previous, where)
             self.place[previous] = number
             self.entries.append(entry)
+        newest = max((entry["version"] for entry in self.entries), default=1)
+        need(body["version"] >= newest, "the ledger has entries of a newer version than the report")
         wanted = body["silo"], body["contract"]["digest"], body["roster"]["digest"]
         self.run = next((run for run in self.runs.values() if run.of == wanted), None)
         self.begin = self.run.begin if self.run else None
@@ -784,6 +829,13 @@ class Ledger:
         self.sets.add(entry["set"])
 
     @property
+    def codes(self) -> list[str]:
+        """Hashes of the code that trained; none where the entry that began the run has none."""
+        if self.begin is None or "code" not in self.begin:
+            return []
+        return [entry["code"] for entry in self.entries if entry.get("run") == self.begin["run"] and "code" in entry]
+
+    @property
     def trained(self) -> list[int]:
         """Rounds that were settled."""
         return sorted({self.reserved[digest]["round"] for digest in self.settled})
@@ -819,7 +871,12 @@ def sigma_of(body: Json) -> float:
 def per_round(body: Json) -> int:
     """Steps that one round charges."""
     contract = body["contract"]
-    need(contract["plan"]["method"]["loss"] == "cross_entropy", "the loss is not known to be of one record alone")
+    method, locked = contract["plan"]["method"], contract["lock"]["releases"]
+    need(method["loss"] == "cross_entropy", "the loss is not known to be of one record alone")
+    released = RELEASES.get(method["name"])
+    need(released is not None, f"what a step of {method['name']} releases is unknown; use a newer verify_report.py")
+    fact = f"the lock says that a step of {method['name']} releases {locked} noisy sum(s), and it releases {released}"
+    need(locked == released, fact)
     return int(contract["plan"]["privacy"]["steps_per_round"] * contract["lock"]["releases"])
 
 
@@ -967,6 +1024,13 @@ def check_audit(body: Json) -> None:
     need(proven <= body["claim"]["epsilon"], f"an attack is said to prove an epsilon of {proven}, above the claim")
 
 
+def check_audit_form(body: Json) -> None:
+    """Version 1 had neither its hour nor its code; it is no younger than the report."""
+    audit = body["audit"] or {}
+    need(body["version"] > 1 or not set(audit) & {"at", "code"}, "version 1 does not say when and on what code")
+    need(audit.get("at", 0) <= body["at"], "the audit is younger than the report")
+
+
 def check_texts(body: Json, ledger: Ledger | None) -> None:
     """Which texts there must be, by id, and that each is the known one."""
     wanted = {
@@ -1045,14 +1109,12 @@ def trust_ids(body: Json) -> list[str]:
 def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
     """What the claim rests on; the id says in which state."""
     privacy = body["contract"]["plan"]["privacy"]
+    first = body["version"] == 1
     if privacy is None or ledger is None:
-        return ["masks", "sums", "code"]
-    tests = (body["audit"] or {"self_tests": []})["self_tests"]
-    every = tuple(test["name"] for test in tests) == TESTS
-    passed = all(test["passed"] for test in tests)
-    tested = "mechanism-failed" if not passed else "mechanism" if every else "mechanism-untested"
+        return ["masks", "sums", "code" if first else "code-of-report"]
     second = {True: "second-accountant", False: "second-accountant-differs", None: "second-accountant-none"}
-    features = {"computed here": "features", "stated to be per record": "features-external", None: "features-none"}
+    here = "features" if first else "features-in-batches"
+    features = {"computed here": here, "stated to be per record": "features-external", None: "features-none"}
     life = body["lifetime"]
     fits = life is not None and life["every_run"] <= life["budget"]
     return [
@@ -1061,14 +1123,36 @@ def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
         second[body["accounting"]["agree"]],
         "ledger" if body["ledger"]["receipts"] else "ledger-unreceipted",
         "second-ledger",
-        "code",
-        tested,
+        *tests_and_code_ids(body, ledger),
         "floating-point",
         features[ledger.begin["features"] if ledger.begin else None],
         f"units-{privacy['unit']}",
         "delta",
         "no-limit" if life is None else "all-runs-fit" if fits else "limit-kept",
     ]
+
+
+def tests_and_code_ids(body: Json, ledger: Ledger) -> list[str]:
+    """Which code trained, and what the silo says that it tested."""
+    audit, codes = body["audit"], set(ledger.codes)
+    tests = (audit or {"self_tests": []})["self_tests"]
+    every = tuple(test["name"] for test in tests) == TESTS
+    passed = all(test["passed"] for test in tests)
+    if body["version"] == 1:
+        return ["code", "mechanism-failed" if not passed else "mechanism" if every else "mechanism-untested"]
+    if ledger.begin is None:
+        ran = "code-nothing-trained"
+    else:
+        ran = "code-unrecorded" if not codes else "code-one" if len(codes) == 1 else "code-changed"
+    found = [ran, "mechanism-failed" if not passed else "mechanism-said" if every else "mechanism-untested"]
+    if audit is None or ledger.begin is None:
+        return found
+    known = bool(codes) and "code" in audit
+    found.append(("audited-same" if codes == {audit["code"]} else "audited-other") if known else "audited-unknown")
+    if "at" in audit and ledger.reserved:
+        charged = next(iter(ledger.reserved.values()))["at"]
+        found.append("audit-before" if audit["at"] <= charged else "audit-after")
+    return found
 
 
 # Whole reports
@@ -1105,6 +1189,7 @@ def check_silo(out: Printed, report: Json, name: str, held: Sequence[bytes] = ()
     out.check(f"{name}plan and roster", lambda: check_agreed(body))
     out.check(f"{name}signature", lambda: check_signature(report))
     out.check(f"{name}models", lambda: check_models(body))
+    out.check(f"{name}audit", lambda: check_audit_form(body))
     ledger = None
     if body["contract"]["plan"]["privacy"] is None:
         out.check(f"{name}no claim", lambda: check_nothing_claimed(body))
@@ -1187,6 +1272,8 @@ def check_same_models(body: Json) -> None:
 def check_summaries(body: Json, held: dict[str, list[bytes]]) -> None:
     """One line for each silo of the roster."""
     reports = {inner["body"]["silo"]: inner["body"] for inner in body["reports"]}
+    newer = [silo for silo, inner in reports.items() if inner["version"] > body["version"]]
+    need(not newer, f"the report of {', '.join(newer)} is of a newer version than this one")
     need([inner["body"]["silo"] for inner in body["reports"]] == sorted(reports), "reports are not in order, or twice")
     need(
         body["planned_rounds"] == body["contract"]["plan"]["training"]["rounds"],

@@ -23,6 +23,7 @@ from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import spki_sha256
 from fedclip_secure.pki.roster import readable_fingerprint
+from fedclip_secure.privacy import wording
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.adapters import GLOBAL, choose
@@ -264,6 +265,9 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
     table = Table("", Column("", overflow="fold"), box=None, show_header=False)
     for key, value in {
         "federation": f"{plan.federation} at {plan.server}",
+        "purpose": plan.purpose or wording.NOT_STATED,
+        "whom to ask": plan.contact or wording.NOT_STATED,
+        "what becomes of it": plan.retention or wording.NOT_STATED,
         "encoder": f"{plan.model.name}, {offer.contract.lock.encoder.dim} features",
         "classes": ", ".join(f"{folder}: {phrase}" for folder, phrase in plan.classes.items()),
         "templates": "; ".join(plan.templates),

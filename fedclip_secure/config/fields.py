@@ -7,7 +7,7 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from fedclip_secure.config.yaml12 import read_yaml
 from fedclip_secure.errors import ConfigError
@@ -41,6 +41,10 @@ class Strict(BaseModel):
     """A frozen model that converts nothing and knows every key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _is_absent(value: object) -> bool:
+    return value is None
 
 
 def _seconds(value: object) -> object:
@@ -96,6 +100,8 @@ Number = Annotated[float, BeforeValidator(_number)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=_PRINTABLE)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Pin = Annotated[str, StringConstraints(pattern=_PIN)]
+# Of a key that version 0.1 did not have: where it is not given, it is in no canonical form, and no digest changes.
+LATER = Field(exclude_if=_is_absent)
 
 
 def read_model(path: Path, model: type[M]) -> M:

@@ -20,12 +20,13 @@ from pydantic import (
 )
 
 from fedclip_secure import canonical
-from fedclip_secure.config.fields import CONTROL, Name, Number, Seconds, Strict, Text
+from fedclip_secure.config.fields import CONTROL, LATER, Name, Number, Seconds, Strict, Text
 from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 # Plain values, which a method's own fields check later: this layer does not know the methods.
 _Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
 _Plain = bool | _Whole | Number | Text
@@ -192,6 +193,14 @@ class SecureAggregation(Strict):
         return self
 
 
+class Accuracy(Strict):
+    """Shares of records that were right, by class, as the coordinator measured them elsewhere; nobody checks them."""
+
+    data: Text  # what it was measured on
+    without_noise: dict[Text, Share]
+    with_noise: dict[Text, Share]
+
+
 class PrivacyPlan(Strict):
     """Differential privacy that the updates of every silo satisfy by themselves (docs/privacy.md).
 
@@ -207,6 +216,7 @@ class PrivacyPlan(Strict):
     update_divisor: Positive  # in place of the batch size
     delta: Annotated[Number, Field(gt=0, le=0.01)]
     max_retrains: int = Field(default=0, ge=0, le=10_000)  # rounds that a silo may train again; paid for from the start
+    accuracy: Annotated[Accuracy | None, LATER] = None  # what the noise costs each class
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacyPlan:
@@ -240,6 +250,9 @@ class FederationPlan(Strict):
     privacy: PrivacyPlan | None = None
     deadlines: Deadlines = Deadlines()
     initial: Text | None = None  # an adapter to go on from, beside federation.yaml
+    purpose: Annotated[Text | None, LATER] = None  # what the model is for
+    contact: Annotated[Text | None, LATER] = None  # whom to ask
+    retention: Annotated[Text | None, LATER] = None  # what becomes of the model, and when it is deleted
 
     @model_validator(mode="before")
     @classmethod
@@ -323,4 +336,16 @@ def _unfit_for_privacy(plan: FederationPlan) -> list[str]:
             "with `privacy`, leave out training.batch_size and training.local_epochs: "
             "privacy.sample_rate and privacy.steps_per_round take their place"
         )
-    return faults
+    return [*faults, *_unlike_the_classes(plan)]
+
+
+def _unlike_the_classes(plan: FederationPlan) -> list[str]:
+    """Accuracies that are not of each class, once."""
+    given = plan.privacy.accuracy if plan.privacy else None
+    if given is None:
+        return []
+    return [
+        f"privacy.accuracy.{key} must have a share for each of {', '.join(plan.classes)}, and for nothing else"
+        for key, shares in (("without_noise", given.without_noise), ("with_noise", given.with_noise))
+        if set(shares) != set(plan.classes)
+    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedclip_secure.config.lock import Contract, ExternalEncoder, OpenClipEncoder
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.export.facts import KEPT_HOME, Facts, privacy_statement
+from fedclip_secure.export.facts import KEPT_HOME, Bound, Facts, privacy_statement
 from fedclip_secure.export.loading import loading, plain
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.terms import Terms
@@ -18,7 +18,7 @@ _WEIGHTS = {"masked": "by its training records", "equal": "like all others", "pu
 
 def model_card(facts: Facts, contract: Contract, roster: Roster) -> str:
     """The whole README.md."""
-    plan = contract.plan
+    plan, bound = contract.plan, Bound.of(contract)
     parts = [
         f"# {plan.federation}: {facts.kind} adapter, after round {facts.after_round} of {plan.training.rounds}",
         _table(
@@ -30,9 +30,9 @@ def model_card(facts: Facts, contract: Contract, roster: Roster) -> str:
         "## Load it",
         loading(contract),
         "## Privacy",
-        _privacy(facts, contract),
+        _privacy(facts, contract, bound),
         "## What it must not be used for",
-        "\n".join(f"- {line}" for line in _limits(facts, contract)),
+        "\n".join(f"- {line}" for line in _limits(facts, contract, bound)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -90,15 +90,15 @@ def _digests(facts: Facts, contract: Contract, roster: Roster) -> dict[str, str]
     return {"adapter digest": facts.model.hex(), "plan": contract.pin, "roster": roster.pin}
 
 
-def _privacy(facts: Facts, contract: Contract) -> str:
-    statement = privacy_statement(contract)
+def _privacy(facts: Facts, contract: Contract, bound: Bound | None) -> str:
+    statement = privacy_statement(contract, bound)
     said = f"{statement[0].upper()}{statement[1:]}."
     if not facts.kept_home:
         return said
     return f"**This is one silo's own adapter**, {KEPT_HOME}.\n\nOf the global one that it was made of: {statement}."
 
 
-def _limits(facts: Facts, contract: Contract) -> list[str]:
+def _limits(facts: Facts, contract: Contract, bound: Bound | None) -> list[str]:
     """What follows from how it was made."""
     counted = "the validation above is all that was measured" if facts.total else "nobody counted validation records"
     lines = [
@@ -110,7 +110,7 @@ def _limits(facts: Facts, contract: Contract) -> list[str]:
     ]
     if facts.kept_home:
         return [*lines, "Outside of the house that trained it: it may tell about its training records."]
-    if contract.plan.privacy is None:
+    if bound is None:
         lines.append("By whoever may not learn about the training records: nothing bounds what it tells about them.")
     return lines
 

@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fedclip_secure.config.lock import Contract
-from fedclip_secure.errors import DataError
+from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.roster import Roster
+from fedclip_secure.privacy.planned import PlannedRun
 
 ALL_SILOS = "all silos of the round after it"  # whose validation records were counted
 KEPT_HOME = (
-    "trained or chosen without privacy by this silo's own records: it was sent nowhere, and must not leave the house"
+    "trained or chosen without privacy by this silo's own records: it was sent nowhere, and must not leave the house; "
+    "no epsilon bounds what it tells about them"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a plan with privacy promises of each global adapter: all its rounds and retrains, whatever was trained."""
+
+    unit: str
+    epsilon: float  # add/remove one unit, by PLD
+    delta: float
+    rounds: int  # retrains included
+
+    @classmethod
+    def of(cls, contract: Contract) -> Bound | None:
+        """None where nothing can be claimed: a plan without privacy, or with too little noise.
+
+        This loads scipy, and takes seconds for long plans.
+        """
+        try:
+            planned = PlannedRun.of(contract)
+            epsilon = planned.epsilon() if planned else math.inf
+        except ConfigError:
+            return None
+        if planned is None or not math.isfinite(epsilon):
+            return None
+        return cls(planned.privacy.unit, epsilon, planned.delta, planned.rounds)
+
+    def as_json(self) -> dict[str, Any]:
+        """For adapter.json."""
+        return {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "unit": self.unit,
+            "adjacency": "add or remove one",
+            "rounds": self.rounds,
+            "computed_by": _accountant(),
+        }
+
+
+def _accountant() -> str:
+    return f"fedclip-secure {version('fedclip-secure')} from plan and lock, by PLD"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +97,7 @@ class Facts:
 def make_card(facts: Facts, contract: Contract, roster: Roster) -> dict[str, Any]:
     """All of it as plain data: what `write_card` writes."""
     plan, lock = contract.plan.model_dump(mode="json"), contract.lock.model_dump(mode="json")
+    bound = Bound.of(contract)
     card = {
         "federation": contract.plan.federation,
         "adapter": facts.kind,
@@ -66,7 +111,8 @@ def make_card(facts: Facts, contract: Contract, roster: Roster) -> dict[str, Any
         "encoder": {key: value for key, value in lock["encoder"].items() if key != "config"},
         "classes": dict(plan["classes"]),
         "templates": plan["templates"],
-        "privacy": KEPT_HOME if facts.kept_home else privacy_statement(contract),
+        "privacy": KEPT_HOME if facts.kept_home else privacy_statement(contract, bound),
+        "claim": None if facts.kept_home or bound is None else bound.as_json(),
     }
     return card if facts.personal is None else {**card, "personal": dict(facts.personal)}
 
@@ -115,12 +161,19 @@ def _personal(read: Any) -> Mapping[str, Any] | None:
     return None if read is None else {**read, "share": float(read["share"])}
 
 
-def privacy_statement(contract: Contract) -> str:
+def privacy_statement(contract: Contract, bound: Bound | None) -> str:
     """What a global adapter may tell about the records that it was trained on."""
-    privacy, noise = contract.plan.privacy, contract.lock.noise_multiplier
-    if privacy is None or noise is None:
-        return "none: whoever has this adapter may learn about the training records from it"
+    privacy = contract.plan.privacy
+    if privacy is None:
+        return "none: no epsilon bounds it, and whoever has this adapter may learn about the training records from it"
+    if bound is None:
+        return (
+            "no epsilon can be claimed: the plan has privacy, but its noise or its lock allow no claim; whoever has "
+            "this adapter may learn about the training records from it"
+        )
     return (
-        f"each silo's updates are differentially private for each {privacy.unit} of its training records, with noise "
-        f"{noise:g} x {privacy.max_grad_norm:g}, delta {privacy.delta:g}; what was spent stands in the silos' reports"
+        f"epsilon = {bound.epsilon:.4f} at delta = {bound.delta:g} for adding or removing any one {bound.unit} of one "
+        f"silo's training records, for all {bound.rounds} round(s) that the plan allows, retrains included; more for a "
+        f"person at several silos. This is the claim of the plan, computed by {_accountant()}, and it rests on every "
+        "silo having trained as planned: what was spent, and how far that is known, stands in the silos' reports"
     )

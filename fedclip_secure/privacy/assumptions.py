@@ -9,15 +9,22 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.privacy.document import Assumption, State
 
 Verdict = Literal["passed", "failed"] | None
+Ran = Literal["nothing", "unrecorded", "one", "several"]  # codes that the ledger names for a run
+Audited = Literal["same", "other", "unknown"]  # the audit's code beside these
+AuditTime = Literal["before", "after"]  # the audit's hour beside that of the first charge
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """The facts that the states follow from."""
 
+    version: int  # of the report
     agree: bool | None  # does a second accountant, as the silo says; None: there is none
     receipts: bool  # the coordinator signed for at least one upload
     self_tests: Verdict  # None: not all of them are given
+    ran: Ran
+    audited: Audited | None  # None: there is nothing to compare
+    audit_time: AuditTime | None  # as above
     features: str | None  # as the ledger has it; None: nothing was begun
     limit: bool
     every_run_fits: bool  # even a unit in every run of the ledger is within the limit
@@ -26,21 +33,37 @@ class Evidence:
 def assumptions(plan: FederationPlan, evidence: Evidence) -> list[Assumption]:
     """In the order in which a reader would ask."""
     if plan.privacy is None:
-        return [_PLAIN_MASKS, _PLAIN_SUMS, _CODE]
+        return [_PLAIN_MASKS, _PLAIN_SUMS, _CODE_OF_REPORT if evidence.version > 1 else _FIRST_CODE]
     return [
         _ALONE,
         _ARITHMETIC,
         _SECOND_ACCOUNTANT[evidence.agree],
         _LEDGER[evidence.receipts],
         _SECOND,
-        _CODE,
-        _MECHANISM[evidence.self_tests],
+        *_tests_and_code(evidence),
         _FLOATING_POINT,
-        _FEATURES.get(evidence.features or "", _NOTHING_BEGUN),
+        _features(evidence),
         _UNITS[plan.privacy.unit],
         _DELTA,
         _lifetime(evidence),
     ]
+
+
+def _tests_and_code(evidence: Evidence) -> list[Assumption]:
+    if evidence.version == 1:
+        return [_FIRST_CODE, _FIRST_TESTED if evidence.self_tests == "passed" else _MECHANISM[evidence.self_tests]]
+    found = [_RAN[evidence.ran], _MECHANISM[evidence.self_tests]]
+    if evidence.audited is not None:
+        found.append(_AUDITED[evidence.audited])
+    if evidence.audit_time is not None:
+        found.append(_AUDIT_TIME[evidence.audit_time])
+    return found
+
+
+def _features(evidence: Evidence) -> Assumption:
+    if evidence.version == 1 and evidence.features == "computed here":
+        return _FIRST_FEATURES
+    return _FEATURES.get(evidence.features or "", _NOTHING_BEGUN)
 
 
 def _lifetime(evidence: Evidence) -> Assumption:
@@ -106,18 +129,82 @@ _SECOND = _of(
     "stated",
     "No file can show it. The silo says so with its signature.",
 )
-_CODE = _of(
-    "code",
+_CODE_OF_REPORT = _of(
+    "code-of-report",
     "The published program ran",
     "stated",
-    "The hashes of the program are given. Whoever runs the machine could have run another.",
+    "The hash in this report is of the program that wrote it; none is kept of the one that trained. Whoever runs the "
+    "machine could have run another.",
 )
+_RAN: dict[Ran, Assumption] = {
+    "nothing": _of(
+        "code-nothing-trained",
+        "The published program ran",
+        "stated",
+        "The silo has not trained in this run.",
+    ),
+    "unrecorded": _of(
+        "code-unrecorded",
+        "The published program ran",
+        "open",
+        "The ledger does not say, or not for all of the run, which code trained. The hash among the versions is of the "
+        "program that wrote this report.",
+    ),
+    "one": _of(
+        "code-one",
+        "The published program ran",
+        "stated",
+        "The ledger names one code for the whole run: compare its hash with that of the published program. Whoever "
+        "runs the machine could have run another.",
+    ),
+    "several": _of(
+        "code-changed",
+        "The published program ran",
+        "stated",
+        "The code changed during the run: the ledger names the hash of each. Compare all of them with those of "
+        "published programs. Whoever runs the machine could have run others.",
+    ),
+}
+_AUDITED: dict[Audited, Assumption] = {
+    "same": _of(
+        "audited-same",
+        "The code that was tested is the code that trained",
+        "said",
+        "The silo says that it tested the code that its ledger names for the whole run.",
+    ),
+    "other": _of(
+        "audited-other",
+        "The code that was tested is the code that trained",
+        "open",
+        "It tested other code than all or a part of the run was trained with, and its tests say nothing of that.",
+    ),
+    "unknown": _of(
+        "audited-unknown",
+        "The code that was tested is the code that trained",
+        "open",
+        "Which code was tested, or which trained, is not said for all of it.",
+    ),
+}
+_AUDIT_TIME: dict[AuditTime, Assumption] = {
+    "before": _of(
+        "audit-before",
+        "It was tested before it trained",
+        "said",
+        "The silo says that it ran the tests no later than in the hour in which the first round was charged.",
+    ),
+    "after": _of(
+        "audit-after",
+        "It was tested before it trained",
+        "open",
+        "The audit is younger than the first charge of this run: at least one round was trained without it.",
+    ),
+}
 _MECHANISM: dict[Verdict, Assumption] = {
     "passed": _of(
-        "mechanism",
+        "mechanism-said",
         "Clipping, noise and sampling are as described",
-        "tested",
-        "The silo's machine tested them on synthetic records through the code that trains.",
+        "said",
+        "The silo says that it tested them on synthetic records, and that every test passed. No file can show that.",
     ),
     "failed": _of(
         "mechanism-failed",
@@ -140,10 +227,11 @@ _FLOATING_POINT = _of(
 )
 _FEATURES = {
     "computed here": _of(
-        "features",
+        "features-in-batches",
         "Each feature depends on its own record alone",
-        "stated",
-        "The program computed them with the encoder of the plan, one image at a time.",
+        "open",
+        "But for rounding: the program computed them with the encoder of the plan, several images in a batch. Measured "
+        "in single precision, a neighbour in the batch moved a feature by 1e-7 to 5e-7 of its size. It is not in ε.",
     ),
     "stated to be per record": _of(
         "features-external",
@@ -207,4 +295,24 @@ _PLAIN_SUMS = _of(
     "Sums and models disclose no record",
     "open",
     "Nothing limits what they disclose: this plan has no differential privacy.",
+)
+
+# What version 1 said in place of the above, and reports of it still say.
+_FIRST_CODE = _of(
+    "code",
+    "The published program ran",
+    "stated",
+    "The hashes of the program are given. Whoever runs the machine could have run another.",
+)
+_FIRST_TESTED = _of(
+    "mechanism",
+    "Clipping, noise and sampling are as described",
+    "tested",
+    "The silo's machine tested them on synthetic records through the code that trains.",
+)
+_FIRST_FEATURES = _of(
+    "features",
+    "Each feature depends on its own record alone",
+    "stated",
+    "The program computed them with the encoder of the plan, one image at a time.",
 )

@@ -14,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 
-from fedclip_secure.config.fields import Name, Number, Sha256, Strict, Text
+from fedclip_secure.config.fields import LATER, Name, Number, Sha256, Strict, Text
 from fedclip_secure.config.lock import Contract, FederationLock
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.errors import TrustError
@@ -24,6 +24,7 @@ from fedclip_secure.privacy.canonical_json import encode
 
 _LABEL = b"fedclip/v1/privacy-report\x00"
 FORMAT = "fedclip-privacy-report"
+VERSION = 2  # of what is written; version 1 is read
 
 Words = Annotated[str, Field(max_length=2000)]
 # What is stated freely. Latin-1 has no sign that could turn, hide or overprint the text around it but the soft hyphen.
@@ -33,7 +34,8 @@ Wire = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){1,1000}$")]  # 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Epsilon = Annotated[Number, Field(ge=0, le=1e6)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
-State = Literal["shown", "tested", "stated", "open"]
+Hour = Annotated[int, Field(ge=0, le=2**53, multiple_of=3600)]  # seconds since 1970
+State = Literal["shown", "said", "stated", "open", "tested"]  # the last in version 1 alone, for what is now `said`
 TESTS = (  # of a whole audit, in its order
     "sensitivity",
     "records_apart",
@@ -53,6 +55,8 @@ TESTS = (  # of a whole audit, in its order
     "canary_scores",
     "one_run_attack",
 )
+# Of a whole audit of version 0.1, whose audits name neither hour nor code.
+FIRST_TESTS = tuple(name for name in TESTS if name != "records_apart" and not name.startswith("trainer_"))
 TestName = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(TESTS)})$")]
 
 
@@ -166,10 +170,10 @@ class Attack(Strict):
 
 
 class Audit(Strict):
-    """What was tested on the silo's own machine. It depends on no real record."""
+    """What the silo says that it tested on its own machine. It depends on no real record."""
 
-    at: Annotated[int, Field(ge=0, le=2**53)]  # whole hours, in seconds since 1970
-    code: Sha256  # of the program that was tested, as in `versions`
+    at: Annotated[Hour | None, LATER] = None  # when the tests ended; None in version 1
+    code: Annotated[Sha256 | None, LATER] = None  # of what was tested, as `software.code_sha256`; None in version 1
     self_tests: list[SelfTest] = Field(max_length=100)
     attack: Attack | None
 
@@ -268,7 +272,10 @@ class Note(Strict):
 
 
 class Assumption(Strict):
-    """What the claim rests on, and how far that is known: by this file, by tests, by somebody's word, or not at all."""
+    """What the claim rests on, and how far that is known.
+
+    `shown`: by this file. `said`: by tests, says the silo. `stated`: by somebody's word. `open`: not at all.
+    """
 
     id: Name
     text: Words
@@ -280,7 +287,7 @@ class SiloBody(Strict):
     """The report of one silo over one run."""
 
     format: Literal["fedclip-privacy-report"] = "fedclip-privacy-report"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = VERSION
     kind: Literal["silo"] = "silo"
     at: Annotated[int, Field(ge=0, le=2**53)]  # seconds since 1970, by the silo's clock
     federation: Name
@@ -342,7 +349,7 @@ class FederationBody(Strict):
     """The coordinator's report: the silos' reports whole, so that one file can be checked alone."""
 
     format: Literal["fedclip-privacy-report"] = "fedclip-privacy-report"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = VERSION
     kind: Literal["federation"] = "federation"
     at: Annotated[int, Field(ge=0, le=2**53)]
     federation: Name
@@ -370,8 +377,8 @@ def json_schema() -> dict[str, Any]:
     either: TypeAdapter[SiloReport | FederationReport] = TypeAdapter(SiloReport | FederationReport)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": "urn:fedclip-secure:privacy-report:1",
-        "title": "Privacy report of fedclip-secure, version 1",
+        "$id": "urn:fedclip-secure:privacy-report:2",
+        "title": "Privacy report of fedclip-secure, versions 1 and 2",
         **either.json_schema(mode="serialization"),
     }
 

@@ -170,6 +170,8 @@ def _by_silo(wires: Sequence[bytes], contract: Contract, roster: Roster) -> dict
 
 
 def _check_silos(body: FederationBody, roster: Roster) -> None:
+    versions = {report.body.version for report in body.reports}
+    expect(max(versions, default=1) <= body.version, "a silo's report is of a newer version than this one")
     names = [report.body.silo for report in body.reports]
     expect(names == sorted(set(names)), "the silos' reports are not in order, or one stands twice")
     expect(body.silos == summaries(roster, body.reports), "a line on a silo says something else than its report")

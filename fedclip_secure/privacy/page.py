@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.privacy import wording
 from fedclip_secure.privacy.canonical_json import encode
 from fedclip_secure.privacy.curves import most_true_positives, over_rounds, profile, surely_reached
 from fedclip_secure.privacy.document import (
-    Agreement,
     Assumption,
     FederationBody,
     FederationReport,
@@ -26,21 +24,24 @@ from fedclip_secure.privacy.document import (
     SiloReport,
 )
 from fedclip_secure.privacy.entries import SignedEntry
+from fedclip_secure.privacy.parties import agreed, costs, most_hurt, parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.plots import profile_svg, roc_svg, rounds_svg
 from fedclip_secure.privacy.receipts import Receipt, open_receipt
-from fedclip_secure.privacy.report import History
+from fedclip_secure.privacy.report import History, codes_of, first_charge
 from fedclip_secure.privacy.verify import read_report, verify
 
 _MARKS = {
     "shown": "✓",
     "accounted": "✓",
-    "tested": "◆",
+    "said": "◆",
     "public": "◆",
     "stated": "“",
     "open": "✕",
     "unprotected": "✕",
 }
+_LABELS = {"tested": "said"}  # what version 1 wrote, in the words of today
+_DAY = 86_400  # seconds
 _MOST_ROWS = 60  # of the ledger; the file has all
 _FALSE_POSITIVES = 0.01  # of the sentence about what an attacker gets
 
@@ -54,6 +55,7 @@ def render_page(data: bytes) -> str:
     for check in verify(data).failures:
         raise TrustError(f"no page is made of a report that does not pass: {check.name}: {check.shows}")
     report = read_report(data)
+    plan = report.body.contract.plan
     values = _of_silo(report) if isinstance(report, SiloReport) else _of_federation(report)
     template = _environment().get_template(f"{report.body.kind}.html")
     return template.render(
@@ -61,9 +63,13 @@ def render_page(data: bytes) -> str:
         fingerprint=report.body.roster.roster.fingerprint(report.signature.silo),
         sha256=hashlib.sha256(data).hexdigest(),
         marks=_MARKS,
+        labels=_LABELS,
         cannot_show=wording.CANNOT_SHOW,
         claim=report.body.claim,
-        agreed=_agreed(report.body.contract),
+        agreed=agreed(plan, report.body.contract.lock),
+        parties=parties(plan, report.body.roster.roster),
+        costs=costs(plan),
+        most_hurt=most_hurt,
         **values,
     )
 
@@ -85,14 +91,16 @@ def _environment() -> Environment:
 
 def _of_silo(report: SiloReport) -> dict[str, Any]:
     body = report.body
-    planned = PlannedRun.of(body.contract.contract)
+    planned, history = PlannedRun.of(body.contract.contract), _history(body)
     values: dict[str, Any] = {
         "planned": planned,
         "unit": planned.privacy.unit if planned else None,
         "mechanism": body.mechanism,
         "accounting": body.accounting,
         "lifetime": body.lifetime,
-        "ledger": _ledger(body),
+        "ledger": _ledger(body, history),
+        "codes": list(dict.fromkeys(codes_of(history.run))),
+        "audited": _audited(body, history),
         "plots": {},
         "recognised": "",
     }
@@ -119,19 +127,27 @@ def _of_federation(report: FederationReport) -> dict[str, Any]:
     }
 
 
-def _agreed(agreement: Agreement) -> dict[str, str]:
-    """What people ask of a plan first."""
-    plan, encoder = agreement.plan, agreement.lock.encoder
-    if isinstance(encoder, ExternalEncoder):
-        made = f"none here: {encoder.dim} features from files of the silos"
-    else:
-        made = f"{encoder.name}, weights {encoder.weights_sha256[:16]}…, {encoder.dim} features"
-    return {
-        "method": plan.method.name,
-        "encoder": made,
-        "classes": ", ".join(plan.classes),
-        "rounds": str(plan.training.rounds),
-    }
+def _history(body: SiloBody) -> History:
+    given = body.ledger.entries if body.ledger else []
+    entries = [SignedEntry(encode(item.entry), bytes.fromhex(item.signature)) for item in given]
+    return History.of(entries, body.contract.contract, body.roster.roster, body.silo)
+
+
+def _audited(body: SiloBody, history: History) -> str:
+    """When, beside the first charge and the report."""
+    if body.audit is None or body.audit.at is None:
+        return "When they were run is not said."
+    at, charged = body.audit.at, first_charge(history.run)
+    apart = [f"{_days(body.at - at)} before this report"]
+    if charged is not None:
+        order = "before" if at <= charged else "after"
+        apart.insert(0, f"{_days(abs(charged - at))} {order} the first charge of this run")
+    return f"Run at {_hour(at)} UTC, says the silo: {' and '.join(apart)}."
+
+
+def _days(seconds: int) -> str:
+    days = seconds // _DAY
+    return "less than a day" if days == 0 else f"{days} day{'s' if days > 1 else ''}"
 
 
 def _receipts(body: FederationBody) -> list[Receipt]:
@@ -174,11 +190,9 @@ class LedgerTable:
     other: int
 
 
-def _ledger(body: SiloBody) -> LedgerTable:
-    given = body.ledger.entries if body.ledger else []
+def _ledger(body: SiloBody, history: History) -> LedgerTable:
     uploaded = set(body.ledger.uploaded) if body.ledger else set()
-    entries = [SignedEntry(encode(item.entry), bytes.fromhex(item.signature)) for item in given]
-    history = History.of(entries, body.contract.contract, body.roster.roster, body.silo)
+    entries = history.chain.entries
     if history.run is None:
         return LedgerTable((), 0, len(entries), len(entries))
     run, rows, seen = history.run, [], set[int]()

@@ -9,6 +9,7 @@ from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy.events import Event
 from fedclip_secure.privacy.rdp import rdp_epsilon
+from fedclip_secure.privacy.releases import check_releases
 
 _LARGEST_EPSILON = 1000.0  # beyond it nothing is promised, and the arithmetic would need much memory
 
@@ -26,7 +27,8 @@ class PlannedRun:
         """None where the plan has no privacy.
 
         Raises:
-            ConfigError: a lock without noise, a loss that couples records, or noise too small for any claim.
+            ConfigError: a lock without noise, a loss that couples records, noise too small for any claim, or
+                another number of releases than the method has.
         """
         privacy, sigma = contract.plan.privacy, contract.lock.noise_multiplier
         if privacy is None:
@@ -35,6 +37,7 @@ class PlannedRun:
             raise ConfigError("the lock has no noise_multiplier although the plan has privacy; run `prepare` again")
         if contract.plan.method.loss == "inbatch":
             raise ConfigError("the in-batch loss couples records, so no unit's part in a sum is bounded; change it")
+        check_releases(contract)
         per_round = Event(sigma, privacy.sample_rate, privacy.steps_per_round * contract.lock.releases)
         run = cls(privacy, per_round, contract.plan.training.rounds + privacy.max_retrains)
         if not rdp_epsilon([run.after(run.rounds)], privacy.delta) <= _LARGEST_EPSILON:

@@ -17,10 +17,11 @@ from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.privacy import wording
-from fedclip_secure.privacy.assumptions import Evidence, Verdict, assumptions
+from fedclip_secure.privacy.assumptions import Audited, AuditTime, Evidence, Ran, Verdict, assumptions
 from fedclip_secure.privacy.canonical_json import decode
 from fedclip_secure.privacy.document import (
     TESTS,
+    VERSION,
     Accounting,
     Agreement,
     Audit,
@@ -44,6 +45,7 @@ from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 
 __all__ = ["SiloFacts", "report_body", "sign_report"]
+HOUR = 3600  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def report_body(facts: SiloFacts) -> dict[str, Any]:
         scope=wording.scope(plan),
         not_covered=wording.not_covered(plan),
         trust=wording.trust(plan),
-        assumptions=assumptions(plan, evidence(history, ledger, figures, facts.audit, lifetime)),
+        assumptions=assumptions(plan, evidence(history, ledger, figures, facts.audit, lifetime, version=VERSION)),
         mechanism=mechanism(facts.contract, planned) if planned else None,
         accounting=figures,
         lifetime=lifetime,
@@ -222,12 +224,18 @@ def evidence(
     figures: Accounting | None,
     audit: Audit | None,
     lifetime: Lifetime | None,
+    *,
+    version: int,
 ) -> Evidence:
-    """What the states of the assumptions follow from."""
+    """What the states of the assumptions follow from, in a report of `version`."""
     return Evidence(
+        version=version,
         agree=figures.agree if figures else None,
         receipts=bool(ledger and ledger.receipts),
         self_tests=_tested(audit),
+        ran=_ran(history.run),
+        audited=_audited(audit, history.run),
+        audit_time=_audit_time(audit, history.run),
         features=history.run.begin.features if history.run else None,
         limit=lifetime is not None,
         every_run_fits=lifetime is not None and lifetime.every_run <= lifetime.budget,
@@ -239,3 +247,38 @@ def _tested(audit: Audit | None) -> Verdict:
     if not all(test.passed for test in tests):
         return "failed"
     return "passed" if tuple(test.name for test in tests) == TESTS else None
+
+
+def codes_of(run: Run | None) -> tuple[str, ...]:
+    """Hashes of the code that trained, in the order in which the ledger names them; none where it does not."""
+    codes: tuple[str, ...] = getattr(run, "codes", ())
+    return codes
+
+
+def first_charge(run: Run | None) -> int | None:
+    """The hour of the first reservation, in seconds since 1970."""
+    first = next(iter(run.reservations.values()), None) if run else None
+    return None if first is None else first.at // HOUR * HOUR
+
+
+def _ran(run: Run | None) -> Ran:
+    if run is None:
+        return "nothing"
+    if getattr(run.begin, "code", None) is None:  # begun by version 0.1, whoever goes on with it
+        return "unrecorded"
+    return "one" if len(set(codes_of(run))) == 1 else "several"
+
+
+def _audited(audit: Audit | None, run: Run | None) -> Audited | None:
+    if audit is None or run is None:
+        return None
+    if audit.code is None or _ran(run) == "unrecorded":
+        return "unknown"
+    return "same" if set(codes_of(run)) == {audit.code} else "other"
+
+
+def _audit_time(audit: Audit | None, run: Run | None) -> AuditTime | None:
+    charged = first_charge(run)
+    if audit is None or audit.at is None or charged is None:
+        return None
+    return "before" if audit.at <= charged else "after"

@@ -6,9 +6,10 @@ plan; that every receipt in it is the coordinator's and of a state of this chain
 a new computation gives. It cannot show what `Verdict.cannot_show` lists.
 
 Without the silo's key no byte can be changed. With it, a silo can change what nothing else holds:
-- its clock, the versions and hashes that it states, its limit, `units_at_least`, the results of its audit (but names of
-  tests that there are, and no attack that proves more than is claimed), the figure of the accountant that is not run
-  here (unless that differs), digests of models (unless the coordinator's are others);
+- its clock, the versions and hashes that it states, its limit, `units_at_least`, its audit (that there was one, when,
+  on which code, and what came of it; but the tests are those that there are, it is not younger than the report, and no
+  attack proves more than is claimed), the figure of the accountant that is not run here (unless that differs),
+  digests of models (unless the coordinator's are others);
 - figures of the claim upwards, and by less than 0.00015 downwards;
 - entries after the last receipt, and before any receipt the whole ledger; and it can leave out receipts with the
   rounds that they are of. The coordinator's own receipts (`Expected.receipts`, or the federation's report, which must
@@ -24,7 +25,7 @@ from pydantic import TypeAdapter
 
 from fedclip_secure.errors import TrustError
 from fedclip_secure.privacy.canonical_json import decode, encode
-from fedclip_secure.privacy.document import FORMAT, FederationReport, SiloReport, as_data
+from fedclip_secure.privacy.document import FORMAT, VERSION, FederationReport, SiloReport, as_data
 from fedclip_secure.privacy.federation_report import check_federation
 from fedclip_secure.privacy.verdict import Checks, StoppedError, Verdict, expect
 from fedclip_secure.privacy.verify_silo import Expected, check_silo
@@ -73,7 +74,9 @@ def _model(value: Any) -> SiloReport | FederationReport:
     body = value.get("body") if isinstance(value, dict) else None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise TrustError("it is no privacy report")
-    expect(body.get("version") == 1, "its version is unknown to this program; use a newer one")
+    version = body.get("version")
+    known = type(version) is int and 1 <= version <= VERSION
+    expect(known, "its version is unknown to this program; use a newer one")
     kind = body.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise TrustError("its kind is neither silo nor federation")

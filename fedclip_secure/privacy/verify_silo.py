@@ -62,6 +62,7 @@ def check_silo(checks: Checks, report: SiloReport, expected: Expected) -> None:
         )
         checks.run("run", lambda: _check_run(body, history, agreed), "the entries of this run keep to the plan")
         checks.run("receipts", lambda: _check_receipts(body, history, agreed, expected), _receipts_show(body))
+        checks.run("audit", lambda: _check_audit_form(body), "its age can be, and its form is that of the report")
         planned = checks.need(
             "mechanism", lambda: _mechanism(body, agreed), "the mechanism is known, with the plan's parameters"
         )
@@ -121,7 +122,18 @@ def _roster(report: SiloReport | FederationReport) -> Roster:
 def _history(body: SiloBody, agreed: Agreed) -> History:
     given = body.ledger.entries if body.ledger else []
     entries = [SignedEntry(encode(item.entry), bytes.fromhex(item.signature)) for item in given]
-    return History.of(entries, agreed.contract, agreed.roster, body.silo)
+    history = History.of(entries, agreed.contract, agreed.roster, body.silo)
+    newest = max((entry.version for entry in history.chain.entries), default=1)
+    expect(body.version >= newest, f"a report of version {body.version} cannot hold entries of version {newest}")
+    return history
+
+
+def _check_audit_form(body: SiloBody) -> None:
+    if body.audit is None:
+        return
+    dated = body.audit.at is not None or body.audit.code is not None
+    expect(body.version > 1 or not dated, "reports of version 1 do not say when it was done, and on what code")
+    expect((body.audit.at or 0) <= body.at, "it is younger than the report")
 
 
 def _check_run(body: SiloBody, history: History, agreed: Agreed) -> None:
@@ -293,5 +305,5 @@ def _check_wording(body: SiloBody, history: History) -> None:
     expect(body.scope == wording.scope(plan), "what leaves the silo is described in another way than the plan gives")
     expect(body.not_covered == wording.not_covered(plan), "what is not covered is not what the plan gives")
     expect(body.trust == wording.trust(plan), "who can see what is not what the plan gives")
-    found = evidence(history, body.ledger, body.accounting, body.audit, body.lifetime)
+    found = evidence(history, body.ledger, body.accounting, body.audit, body.lifetime, version=body.version)
     expect(body.assumptions == assumptions(plan, found), "the assumptions, or their states, are not what follows")

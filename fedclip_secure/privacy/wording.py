@@ -1,7 +1,7 @@
 """What a report says in words: the claim's sentences, and the fixed texts that follow from the plan.
 
-The fixed texts hold no figures, and `tools/verify_report.py` knows each by its hash: whoever changes a word here
-changes it there (a test says how).
+The fixed texts hold no figures of a run, and `tools/verify_report.py` knows each by its hash: whoever changes a word
+here changes it there (a test says how).
 """
 
 from __future__ import annotations
@@ -264,9 +264,11 @@ MECHANISM_NOTES = [
     "Sum and noise are 64-bit floating point, rounded to a fixed grid; what floating point leaves is not accounted.",
     "Every phase of a method draws a batch of its own and is charged as a release of its own.",
 ]
+NOT_STATED = "not stated in the plan"  # where a plan could say for what, whom to ask, and what becomes of the model
 CANNOT_SHOW = [
     "which program ran on the silo's machine",
     "that the noise was added, and drawn as it should be",
+    "that the tests of the mechanism were run: the silo says so",
     "that there is no second ledger, and no training beside this one",
     "that no newer rounds were left out together with their receipts: the coordinator's report shows those",
     "that two files with different names or bytes are not of the same person",

@@ -5,24 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.config.quorum import floor, threshold
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.model.state import Layout
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.ring import FixedPoint, VectorLayout
 
+__all__ = ["VERIFIED_AT_MOST", "Terms", "threshold"]
 VERIFIED_AT_MOST = 64_000_000  # bytes of masked vectors that a silo downloads under `verify_sum: auto`
-
-
-def threshold(silos: int, mode: str, colluding: int) -> int:
-    """t: how many silos must answer before anything is unmasked.
-
-    `malicious`: two sets of t silos overlap in more than the c that collude with the server, so no
-    two different lists of survivors can both gather t honest answers. t > (n + c) / 2 does that;
-    t > 2n / 3 keeps it for up to a third of colluders. `honest_but_curious`: t > n / 2.
-    """
-    if mode == "malicious":
-        return max(2 * silos // 3 + 1, (silos + colluding) // 2 + 1)
-    return silos // 2 + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +51,9 @@ class Terms:
                 f"secure_aggregation.colluding {agreed.colluding} is too many for {n} silos: the threshold {t} must "
                 "be at least colluding + 2, or colluders could subtract themselves; lower it or invite more silos"
             )
-        floor = max(t, agreed.min_silos, agreed.colluding + 2, 3)
-        if floor > n:
-            raise ConfigError(f"the plan needs {floor} silos in every round, the roster has {n}; invite more silos")
+        fewest = floor(n, agreed)
+        if fewest > n:
+            raise ConfigError(f"the plan needs {fewest} silos in every round, the roster has {n}; invite more silos")
         if agreed.public_weights is not None and set(agreed.public_weights) != set(roster.silos):
             raise ConfigError(
                 f"secure_aggregation.public_weights names {', '.join(sorted(agreed.public_weights))}, "
@@ -76,7 +66,7 @@ class Terms:
             plan=contract.digest,
             roster=roster,
             threshold=t,
-            floor=floor,
+            floor=fewest,
             colluding=agreed.colluding,
             rounds=plan.training.rounds + int(counts),
             layout=layout,

@@ -360,3 +360,62 @@ def test_what_would_let_numbers_of_records_out_is_refused(change: dict[str, obje
 def test_a_plan_without_privacy_needs_a_batch_size() -> None:
     with pytest.raises(ConfigError, match=r"training\.batch_size is missing; add it"):
         check(plan_with("training.batch_size", ...), FederationPlan, "plan")
+
+
+# Keys that version 0.1 did not have
+
+PRIVATE = {
+    **PLAN,
+    "splits": {"train": 0.8, "validation": 0.0, "test": 0.2},
+    "training": {"rounds": 5, "optimizer": {"lr": 1e-3}},
+    "privacy": {
+        "unit": "record", "sample_rate": 0.05, "steps_per_round": 30, "noise_multiplier": 1.0, "max_grad_norm": 0.5,
+        "update_divisor": 64.0, "delta": 1e-5,
+    },
+}  # fmt: skip
+ACCURACY = {
+    "data": "drawn labs, three seeds",
+    "without_noise": {"normal": 0.9, "covid": 0.8, "pneumonia": 1.0},
+    "with_noise": {"normal": 0.9, "covid": 0.5, "pneumonia": 0.0},
+}
+FREE_TEXT = {"purpose": "triage", "contact": "privacy@agg.example.org", "retention": "deleted after two years"}
+
+
+def test_a_plan_without_the_new_keys_has_the_digest_that_version_0_1_gave_it() -> None:
+    digests = [check(plan, FederationPlan, "plan").digest.hex() for plan in (PLAN, PRIVATE)]
+    assert digests == [
+        "6ca4b88433e6effea7c73a9678488cd3c79ed6f4ff9c486533730541807e7862",
+        "a56a69d433a5875a77de4364e34d4eca5cd219081d89377a0119815952faac18",
+    ]
+    example = read_model(Path(__file__).parents[2] / "silo_configs/federation.yaml", FederationPlan)
+    bare = example.model_copy(update=dict.fromkeys(FREE_TEXT))
+    assert bare.digest.hex() == "fb45a358113df4cb7e533e95060d7cefea55321b5a0f1dcd9b899897f962155d"
+
+
+def test_the_new_keys_are_agreed_on_like_all_others() -> None:
+    plain, private = check(PLAN, FederationPlan, "plan"), check(PRIVATE, FederationPlan, "plan")
+    for key, text in FREE_TEXT.items():
+        said = check({**PLAN, key: text}, FederationPlan, "plan")
+        assert said.digest != plain.digest
+        assert said.model_dump(mode="json")[key] == text
+        assert key not in plain.model_dump(mode="json")
+    measured = check({**PRIVATE, "privacy": {**PRIVATE["privacy"], "accuracy": ACCURACY}}, FederationPlan, "plan")
+    assert measured.digest != private.digest
+    assert check(measured.model_dump(mode="json"), FederationPlan, "plan") == measured
+
+
+@pytest.mark.parametrize(
+    ("changed", "fact"),
+    [
+        ({"with_noise": {"normal": 0.9, "covid": 0.5}}, "accuracy.with_noise must have a share for each of normal, c"),
+        ({"without_noise": {**ACCURACY["without_noise"], "cat": 0.5}}, "accuracy.without_noise must have a share"),
+        ({"with_noise": {"normal": 0.9, "covid": 0.5, "pneumonia": 1.1}}, "with_noise.pneumonia: .*less than or equal"),
+        ({"data": ""}, "accuracy.data: "),
+        ({"data": "x\u202e"}, "accuracy.data: holds a control character"),
+    ],
+)  # type: ignore[misc]
+def test_accuracies_are_shares_of_the_plans_classes(changed: dict[str, Any], fact: str) -> None:
+    with pytest.raises(ConfigError, match=fact):
+        check(
+            {**PRIVATE, "privacy": {**PRIVATE["privacy"], "accuracy": {**ACCURACY, **changed}}}, FederationPlan, "plan"
+        )

@@ -34,6 +34,8 @@ from fedclip_secure.export.facts import KEPT_HOME, Facts, make_card, read_facts,
 from fedclip_secure.export.folder import write_export
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.pki.roster import Roster
+from fedclip_secure.privacy.accountant import epsilon
+from fedclip_secure.privacy.events import Event
 from fedclip_secure.training.evaluate import batches, predictor
 from fedclip_secure.training.local import LocalTrainer
 from fedclip_secure.training.predict import predict
@@ -159,7 +161,7 @@ def test_card_holds_the_facts_of_plan_lock_roster_and_run() -> None:
         contract().pin,
         ROSTER.pin,
         "| covid | a chest x-ray showing COVID-19; COVID-19 |",
-        "None: whoever has this adapter may learn about the training records from it.",
+        "None: no epsilon bounds it, and whoever has this adapter may learn about the training records from it.",
         "must have been mapped from [0, 4095] to 0..255",
     ):
         assert fact in card, fact
@@ -183,11 +185,36 @@ def test_card_of_a_private_plan_states_its_privacy() -> None:
     plan["training"] = {
         key: value for key, value in PLAN["training"].items() if key not in ("batch_size", "local_epochs")
     }
-    card = model_card(FACTS, contract(plan, {**LOCK, "noise_multiplier": 1.5}), ROSTER)
-    assert "Each silo's updates are differentially private for each patient of its training records" in card
-    assert "with noise 1.5 x 0.5, delta 1e-05" in card
+    agreed = contract(plan, {**LOCK, "noise_multiplier": 1.5})
+    spent = epsilon([Event(1.5, 0.1, 250)], 1e-5)
+    assert 1 < spent < 10
+    card, facts = model_card(FACTS, agreed, ROSTER), make_card(FACTS, agreed, ROSTER)
+    said = (
+        f"psilon = {spent:.4f} at delta = 1e-05 for adding or removing any one patient of one silo's training records"
+    )
+    for text in (card, facts["privacy"]):
+        assert f"{said}, for all 50 round(s) that the plan allows, retrains included" in text
+        assert re.search(r"computed by fedclip-secure [\d.]+ from plan and lock, by PLD", text)
+    assert {key: facts["claim"][key] for key in ("epsilon", "delta", "unit", "rounds")} == {
+        "epsilon": spent, "delta": 1e-5, "unit": "patient", "rounds": 50}  # fmt: skip
     assert "each patient in one with chance 0.1" in card
     assert "nothing bounds what it tells about them" not in card
+    personal = make_card(replace(FACTS, personal=PERSONAL), agreed, ROSTER)
+    assert personal["claim"] is None
+    assert personal["privacy"] == KEPT_HOME
+
+
+def test_card_of_a_plan_that_nothing_can_be_claimed_of_says_so() -> None:
+    plan = {**PLAN, "splits": {"train": 0.8, "validation": 0.0, "test": 0.2}, "privacy": {
+        "unit": "record", "sample_rate": 1.0, "steps_per_round": 500, "noise_multiplier": 0.01, "max_grad_norm": 0.5,
+        "update_divisor": 64.0, "delta": 1e-5}}  # fmt: skip
+    plan["training"] = {"rounds": 50, "optimizer": {"lr": 1e-3}}
+    for lock in ({**LOCK, "noise_multiplier": 0.01}, {**LOCK, "noise_multiplier": 5.0, "releases": 2}, LOCK):
+        card, facts = (make(FACTS, contract(plan, lock), ROSTER) for make in (model_card, make_card))
+        assert "No epsilon can be claimed" in card
+        assert "nothing bounds what it tells about them" in card
+        assert facts["claim"] is None
+        assert facts["privacy"].startswith("no epsilon can be claimed")
 
 
 def test_personal_adapter_is_told_from_the_global_one() -> None:
@@ -196,6 +223,7 @@ def test_personal_adapter_is_told_from_the_global_one() -> None:
     assert f"**This is one silo's own adapter**, {KEPT_HOME}." in card
     assert "share 0.5, epoch 3, batch_size 32, optimizer (adam, lr 0.001) |" in card
     assert make_card(personal, contract(), ROSTER)["privacy"] == KEPT_HOME
+    assert "no epsilon bounds what it tells about them" in KEPT_HOME
     unchanged = replace(personal, personal={**PERSONAL, "share": 0.0})
     assert KEPT_HOME in model_card(unchanged, contract(), ROSTER), "its records were counted, and chose"
     assert unchanged.warning() == {"personal": KEPT_HOME}

@@ -22,7 +22,8 @@ from fedclip_secure.privacy.entries import SignedEntry
 from fedclip_secure.privacy.federation_report import FederationFacts, combine
 from fedclip_secure.privacy.ledger import Ledger, OpenRun, RunTerms
 from fedclip_secure.privacy.receipts import Receipt
-from fedclip_secure.privacy.report import SiloFacts, report_body, sign_report
+from fedclip_secure.privacy.releases import RELEASES
+from fedclip_secure.privacy.report import HOUR, SiloFacts, report_body, sign_report
 
 SILOS = ("birch", "cedar", "oak")
 NOW = 1_790_000_000
@@ -73,7 +74,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"preprocessing": PREPROCESSING},
     ),
 }  # a plan's model and a lock's encoder
+CODE = "5" * 64
 AUDIT = Audit(
+    at=NOW // HOUR * HOUR - 3 * 24 * HOUR,
+    code=CODE,
     self_tests=[SelfTest(name=name, passed=True, shows="no p-value was below the bound") for name in TESTS],
     attack=Attack(
         canaries=10_000,
@@ -90,7 +94,8 @@ def contract(privacy: dict[str, Any] | None = None, **plan: Any) -> Contract:
     """The plan above with other values."""
     block = {**PLAN["privacy"], **(privacy or {})}
     made = check({**PLAN, **plan, "privacy": block}, FederationPlan, "plan")
-    lock = {**LOCK, "plan": made.digest.hex(), "noise_multiplier": block["noise_multiplier"]}
+    releases = RELEASES.get(made.method.name, 1)
+    lock = {**LOCK, "plan": made.digest.hex(), "noise_multiplier": block["noise_multiplier"], "releases": releases}
     return Contract(made, check(lock, FederationLock, "lock"))
 
 
@@ -121,7 +126,7 @@ def terms_of(agreed: Contract, roster: Roster) -> RunTerms:
         noise_multiplier=agreed.lock.noise_multiplier,
         sample_rate=privacy.sample_rate,
         steps_per_round=privacy.steps_per_round,
-        releases=1,
+        releases=agreed.lock.releases,
         rounds=agreed.plan.training.rounds,
         max_retrains=privacy.max_retrains,
         max_grad_norm=privacy.max_grad_norm,
@@ -192,7 +197,7 @@ class Site:
             models={number: bytes([number]) * 32 for number in range(1, rounds + 1)},
             limit=limit,
             units_at_least=1000,
-            versions={"fedclip-secure": "0.1.0", "code sha256": "5" * 64},
+            versions={"fedclip-secure": "0.1.0", "code": CODE},
         )
 
     def signed(self, body: dict[str, Any], signer: str = "oak") -> bytes:
@@ -242,4 +247,16 @@ def rewrite(body: dict[str, Any], key: Ed25519PrivateKey, edit: Callable[[list[d
     body["ledger"]["entries"] = done
 
 
-__all__ = ["AUDIT", "NOW", "SILOS", "Site", "body_of", "contract", "plain_contract", "replace", "rewrite"]
+__all__ = [
+    "AUDIT",
+    "CODE",
+    "HOUR",
+    "NOW",
+    "SILOS",
+    "Site",
+    "body_of",
+    "contract",
+    "plain_contract",
+    "replace",
+    "rewrite",
+]

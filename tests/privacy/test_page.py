@@ -15,10 +15,12 @@ from fedclip_secure.privacy.curves import Curve, most_true_positives, over_round
 from fedclip_secure.privacy.document import Attack, Estimate, Limit, Rates
 from fedclip_secure.privacy.output import write_report
 from fedclip_secure.privacy.page import render_page
+from fedclip_secure.privacy.parties import parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 from fedclip_secure.privacy.report import SiloFacts, report_body
-from tests.privacy.reports import AUDIT, NOW, Site, body_of, contract, plain_contract, replace
+from fedclip_secure.secagg.terms import Terms
+from tests.privacy.reports import AUDIT, CODE, NOW, Site, body_of, contract, plain_contract, replace
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,11 @@ def read(page: str) -> Reader:
     reader.close()
     assert reader.open == []
     return reader
+
+
+def spaced(page: str) -> str:
+    """The text with single spaces, also between the cells of a table and what stands below another in one."""
+    return re.sub(r"\s+", " ", read(re.sub(r"<(td|small|h2|h3|th)\b", r" <\1", page)).text)
 
 
 def test_the_claim_stands_on_the_page_word_for_word(page: str, report: bytes) -> None:
@@ -164,8 +171,81 @@ def test_the_page_of_a_federation_shows_what_is_unprotected_and_what_the_coordin
 
 def test_both_pages_name_method_encoder_and_classes(site: Site, report: bytes, page: str) -> None:
     for made in (page, render_page(site.federation([report]))):
-        text = re.sub(r"\s+", " ", read(made.replace("</td><td>", "</td> <td>")).text)
+        text = spaced(made)
         assert "method fedclip encoder none here: 8 features from files of the silos classes a, b" in text
+
+
+OFFICER = {
+    "purpose": "triage, under evaluation",
+    "contact": "privacy at the hospital",
+    "retention": "deleted after two years",
+}
+ACCURACY = {"data": "public X-rays", "without_noise": {"a": 0.9, "b": 0.8}, "with_noise": {"a": 0.89, "b": 0.61}}
+
+
+def test_both_pages_say_with_whom_in_numbers(site: Site, report: bytes, page: str) -> None:
+    for made in (page, render_page(site.federation([report]))):
+        text = spaced(made)
+        for fact in (
+            "silos 3: birch, cedar, oak",
+            "coordinator's server localhost",
+            "silos that may collude (c) 1 So many, together with a coordinator that lies cannot open the update",
+            "shares needed (t) 3 of 3 So many silos must answer before a sum is opened.",
+            "smallest sum 3 silos No sum that is opened has fewer in it: 2 beside those that may collude.",
+        ):
+            assert fact in text
+
+
+def test_the_numbers_of_the_parties_are_those_that_rounds_are_held_to() -> None:
+    for silos, agreed in ((5, {"colluding": 2}), (9, {"min_silos": 8}), (7, {"threshold": "honest_but_curious"})):
+        names = [f"silo-{number}" for number in range(silos)]
+        plan = contract(secure_aggregation={"weights": "equal", **agreed})
+        roster = Site(Path(), plan, names).roster
+        terms = Terms.of(plan, roster)
+        found = {fact.name: fact.value for fact in parties(plan.plan, roster)}
+        assert found["shares needed (t)"] == f"{terms.threshold} of {silos}"
+        assert found["smallest sum"] == f"{terms.floor} silos"
+        assert found["silos that may collude (c)"] == str(terms.colluding)
+
+
+def test_a_page_says_for_what_whom_to_ask_and_what_becomes_of_the_model_or_that_nobody_said(
+    tmp_path: Path, page: str
+) -> None:
+    assert (
+        "purpose not stated in the plan whom to ask not stated in the plan what becomes of the model not stated "
+        in spaced(page)
+    )
+    site = Site(tmp_path, contract(**OFFICER))
+    text = spaced(render_page(site.report(rounds=1)))
+    for name, said in zip(("purpose", "whom to ask", "what becomes of the model"), OFFICER.values(), strict=True):
+        assert f"{name} {said}" in text
+
+
+def test_what_noise_costs_each_class_is_the_coordinators_word_or_is_not_given(tmp_path: Path, page: str) -> None:
+    assert "The plan gives no figure." in spaced(page)
+    site = Site(tmp_path, contract({"accuracy": ACCURACY}))
+    data = site.report(rounds=1)
+    for made in (render_page(data), render_page(site.federation([data]))):
+        text = spaced(made)
+        assert "The coordinator's word, in the plan: measured on public X-rays. Nobody has checked it" in text
+        assert "a 90.0 % 89.0 % -1.0 b 80.0 % 61.0 % -19.0" in text
+        assert "the noise costs b most (19.0 points), and a least (1.0)" in text
+        assert "gives no figure" not in text
+
+
+def test_who_computed_each_figure_is_named(page: str) -> None:
+    text = spaced(page)
+    assert re.search(r"PLD, claimed [\d.]+ dp-accounting [\d.]+; the losses of one step by this program", text)
+    assert re.search(r"RDP, never smaller [\d.]+ this program, after Mironov, Talwar & Zhang 2019", text)
+
+
+def test_tests_are_what_the_silo_says_with_their_hour_and_the_code(page: str) -> None:
+    text = spaced(page)
+    assert "3 days before the first charge of this run and 14 days before this report. No file can show" in text
+    assert f"code tested, says the silo {CODE} code that trained, by the ledger not recorded" in text
+    assert "Versions when this report was written, as the silo states them" in text
+    assert page.count('<span class="chip said">') == 2 + 1 + 13  # two assumptions, the legend, the tests
+    assert ">tested<" not in page
 
 
 def test_the_ledgers_times_are_shown_as_whole_hours(page: str) -> None:

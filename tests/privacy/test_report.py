@@ -9,7 +9,6 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from fedclip_secure.config.lock import Contract
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.privacy.accountant import epsilon
 from fedclip_secure.privacy.document import TESTS, Attack, Audit, Estimate, Limit, SelfTest, json_schema
@@ -109,14 +108,14 @@ def test_a_ledger_is_shown_only_up_to_its_last_receipt(facts: SiloFacts) -> None
     assert "left out together with its receipt" in item["because"]
 
 
-def test_the_mechanism_is_tested_only_where_every_test_of_the_audit_is_there(facts: SiloFacts) -> None:
+def test_the_mechanism_is_said_to_be_tested_only_where_every_test_of_the_audit_is_there(facts: SiloFacts) -> None:
     def light(tests: list[SelfTest]) -> object:
         audit = AUDIT.model_copy(update={"self_tests": tests})
         made = report_body(replace(facts, audit=audit))["assumptions"]
         return next(item["id"] for item in made if item["id"].startswith("mechanism"))
 
     every = AUDIT.self_tests
-    assert light(every) == "mechanism"
+    assert light(every) == "mechanism-said"
     for some in ([], every[:-1], [*every[:-1], every[0]], [*every, every[0]]):
         assert light(some) == "mechanism-untested"
     assert light([every[0].model_copy(update={"passed": False})]) == "mechanism-failed"
@@ -173,7 +172,8 @@ def test_assumptions_are_lit_by_facts_not_by_epsilon(facts: SiloFacts, body: dic
     def states(made: dict[str, Any]) -> dict[str, str]:
         return {item["id"]: item["state"] for item in made["assumptions"]}
 
-    assert states(body)["mechanism"] == "tested"
+    assert states(body)["mechanism-said"] == "said"
+    assert "tested" not in states(body).values()
     assert states(body)["ledger"] == "shown"
     assert states(body)["all-runs-fit"] == "shown"
     bare = states(report_body(replace(facts, receipts=(), limit=None)))
@@ -210,8 +210,7 @@ def test_what_nothing_can_be_claimed_for_is_refused(agreed: Any, fact: str) -> N
 
 
 def test_every_release_of_a_step_is_charged() -> None:
-    once = contract()
-    twice = Contract(once.plan, once.lock.model_copy(update={"releases": 2}))
+    once, twice = contract(), contract(method={"name": "feddat"})
     claims = [report_body(SiloFacts(agreed, _roster(), "oak", NOW))["claim"]["epsilon"] for agreed in (once, twice)]
     assert claims[1] > claims[0]
 

@@ -247,7 +247,8 @@ EDITS: dict[str, tuple[str, Callable[[Body, Site], None]]] = {
     "another silo's name": ("signature", put("silo", "birch")),
     "an older clock": ("run", put("at", 5)),
     "a claim of its own": ("schema", put("guarantee", "full")),
-    "an unknown version": ("schema", put("version", 2)),
+    "an unknown version": ("schema", put("version", 3)),
+    "the version that called it tested": ("wording", put("version", 1)),
 }
 
 

@@ -173,7 +173,7 @@ def test_a_private_run_is_charged_round_by_round_and_ends_with_a_report_that_ver
     assert entries[0].features == "stated to be per record"
     card = json.loads((adapter_folder(Path(labs.configs[name].workdir)) / "last.json").read_text())
     assert card["model_digest"] != labs.accepted.contract.lock.initial_model
-    assert "differentially private for each record" in card["privacy"]
+    assert card["privacy"].startswith(f"epsilon = {card['claim']['epsilon']:.4f} at delta = ")
     assert any(line.startswith(f"{name}: privacy: epsilon at most ") for line in labs.heard[name])
     data = make_report(labs.configs[name], labs.site.identities[name], load_accepted(labs_pinned(labs, name)), None)
     verdict = verify(data)
