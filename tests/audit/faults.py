@@ -175,12 +175,13 @@ class GradientsOfOnePass(Honest):
 
     def clipped_sum(self, module: nn.Module, phase: Phase, batch: Batch, units: Integers) -> Doubles:
         parameters = list(parameters_like(module, phase.parameters).values())
-        total = np.zeros(sum(value.numel() for value in parameters))
-        for loss in phase.loss(module, batch):
-            found = torch.autograd.grad(loss, parameters, retain_graph=True)
-            flat = torch.cat([gradient.reshape(-1) for gradient in found]).double().numpy()
-            total += flat * min(1.0, self.privacy.max_grad_norm / max(1e-30, float(np.linalg.norm(flat))))
-        return total
+        if not len(units):
+            return np.zeros(sum(value.numel() for value in parameters))
+        losses = phase.loss(module, batch)
+        found = torch.autograd.grad(losses, parameters, torch.eye(len(losses)), is_grads_batched=True)
+        rows = torch.cat([gradient.flatten(1) for gradient in found], dim=1).double().numpy()
+        norms = np.maximum(1e-30, np.linalg.norm(rows, axis=1))
+        return np.minimum(1.0, self.privacy.max_grad_norm / norms) @ rows
 
 
 class NotANumber(Honest):
