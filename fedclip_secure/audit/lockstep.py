@@ -16,6 +16,7 @@ from fedclip_secure.audit.evidence import Doubles, chi_square_p, normal_p
 from fedclip_secure.audit.scene import Scene
 from fedclip_secure.audit.watch import Floats, Recorder, flat_gradients, flat_values
 from fedclip_secure.config.plan import FederationPlan, PrivacyPlan
+from fedclip_secure.config.plan import Optimizer as Options
 from fedclip_secure.methods.base import Phase
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.training.clipping import clipped_sum
@@ -181,7 +182,7 @@ class _Step:
     before: Floats | None = None  # the last step by hand
 
     @classmethod
-    def of(cls, module: nn.Module, phase: Phase, options: object) -> _Step:
+    def of(cls, module: nn.Module, phase: Phase, options: Options) -> _Step:
         parameters = list(parameters_like(module, phase.parameters).values())
         return cls(phase, parameters, make_optimizer(parameters, options))
 

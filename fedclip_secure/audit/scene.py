@@ -73,8 +73,8 @@ class Scene:
         """What is trained, in words."""
         shape = "x".join(map(str, self.records.images.shape[1:]))
         count = sum(value.numel() for value in parameters_like(self.module, self.method.spec.shared).values())
-        where = f"{shape} values a record, {self.device.type}, {self.setting.came_from}"
-        return f"{count:,} parameters, {where}"
+        inside = "" if self.encoder is None else f" inside {self.setting.encoder_in_words}"
+        return f"{count:,} parameters{inside}, {shape} values a record, {self.device.type}, {self.setting.came_from}"
 
 
 def make_scene(plan: FederationPlan, units: int, setting: Setting | None = None) -> Scene:

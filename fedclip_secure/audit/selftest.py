@@ -84,7 +84,6 @@ class AuditResult:
             "code": self.code,
             "device": str(self.setting.device),
             "start": self.setting.came_from,
-            "encoder": self.setting.encoder_in_words,
             "seconds": round(self.seconds, 1),
             "records": "made up for these tests; no record of this silo was read",
             "passed": self.passed,

@@ -30,7 +30,7 @@ class Setting:
     @property
     def encoder_in_words(self) -> str:
         """What a method that trains inside an encoder has for one."""
-        return "a small one with random weights" if self.encoder is None else f"the plan's, {self.encoder.lock.name}"
+        return "a small random encoder" if self.encoder is None else f"the plan's encoder {self.encoder.lock.name}"
 
     def narrow(self, dim: int | None = None) -> Setting:
         """The same on other features, where no model that was received fits."""

@@ -24,7 +24,6 @@ from fedclip_secure.training.shared import read_shared
 from tests.audit import faults
 from tests.audit.plans import SIGMA, private_plan
 
-
 ODD = Setting(dim=67)  # of such a width alone, and no second one besides
 
 
@@ -95,8 +94,8 @@ def test_clipping_patients_record_by_record_is_caught_by_sensitivity() -> None:
     assert furthest(mechanism(faults.Honest, plan)).passed
 
 
-def test_loss_that_couples_records_of_one_pass_is_caught_whatever_its_method_says() -> None:
-    found = mechanism(faults.GradientsOfOnePass, private_plan(loss="inbatch")).clipping()
+def test_clipping_that_couples_records_is_caught() -> None:
+    found = replace(mechanism(faults.CoupledRecords), setting=Setting(dim=9)).clipping()
     assert failing(found) == {"sensitivity", "records_apart"}
     assert found[0].measured > 1.3
 
