@@ -29,8 +29,7 @@ from fedclip_secure.training.dp import PrivateTrainer
 
 _UNITS = 1000  # to take away one of; the sampler's tests choose their own number
 _ODD_DIM = 67  # no multiple of 4: libraries multiply matrices of such widths by other programs
-_IN_STEP = 64  # units in a step whose noise is looked at, on average
-_IN_TRAINED_STEP = 16  # units in a step of the trainer, on average
+_IN_STEP = 16  # units in a step whose noise is looked at, on average
 _FEWEST = 16  # units of the trainer
 _HOUR = 3600  # seconds
 
@@ -151,7 +150,7 @@ class Mechanism:
 
     def training(self, make_trainer: MakeTrainer) -> list[Evidence]:
         """Two whole rounds of the trainer, and what it releases in them."""
-        units = min(_UNITS, max(_FEWEST, math.ceil(_IN_TRAINED_STEP / self.privacy.sample_rate)))
+        units = min(_UNITS, max(_FEWEST, math.ceil(_IN_STEP / self.privacy.sample_rate)))
         scene = make_scene(self.plan, units, self.setting)
         found = rehearse(Work(self.plan, self.privacy, self.noise_multiplier, scene), make_trainer)
         return [keys_fresh(found), as_by_hand(found), noise_of_each(found), noise_apart(found)]
