@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedclip_secure.pki.identity import Identity
 from fedclip_secure.silo.pins import load_accepted
 
 if TYPE_CHECKING:  # these take seconds to load
+    from fedclip_secure.audit.selftest import AuditResult
     from fedclip_secure.privacy.account import Account, RunAccount
     from fedclip_secure.privacy.verdict import Verdict
 
@@ -117,29 +119,45 @@ def verify(file: Path, plan: str | None, roster: str | None, as_json: bool) -> N
 def audit(path: Path, as_json: bool) -> None:
     """Test that the mechanism is what the plan says, on made-up records, and attack it; for the next report.
 
-    Takes about half a minute. No record of this silo is read.
+    Two whole rounds of the plan are trained on this silo's device, from the newest model that it keeps. That takes
+    from some seconds to minutes, by the plan. No record of this silo is read.
     """
+    from fedclip_secure.audit.at_silo import setting_of
     from fedclip_secure.audit.selftest import run_audit
+    from fedclip_secure.secagg.terms import Terms
+    from fedclip_secure.silo.outcome import newest_model
     from fedclip_secure.silo.report import save_audit
 
     config = read_silo(path)
     accepted = load_accepted(config)
-    noise = accepted.contract.lock.noise_multiplier
+    contract, workdir = accepted.contract, Path(config.workdir)
+    noise = contract.lock.noise_multiplier
     if noise is None:
         raise ConfigError(f"{path}: the accepted plan has no differential privacy; there is no mechanism to test")
-    result = run_audit(accepted.contract.plan, noise)
-    kept = save_audit(Path(config.workdir), accepted, result.for_report())
+    received = newest_model(workdir, contract, Terms.of(contract, accepted.roster))
+    result = run_audit(contract.plan, noise, setting_of(contract, config, received))
+    kept = save_audit(workdir, accepted, result.for_report())
     if as_json:
         click.echo(json.dumps(result.as_json()))
     else:
-        for found in result.evidence:
-            mark = Text("passed", "green") if found.passed else Text("FAILED", "bold red")
-            out.print(Text.assemble(mark, " ", found.name, ": ", found.shows))
-            if not found.passed:
-                out.print(f"  {found.failure}", markup=False)
-        out.print(f"{kept}; the next report holds it", markup=False)
+        _print_audit(result, kept)
     if not result.passed:
         click.get_current_context().exit(1)
+
+
+def _print_audit(result: AuditResult, kept: Path) -> None:
+    for found in result.evidence:
+        mark = Text("passed", "green") if found.passed else Text("FAILED", "bold red")
+        out.print(Text.assemble(mark, " ", found.name, ": ", found.shows))
+        if not found.passed:
+            out.print(f"  {found.failure}", markup=False)
+    hour = time.strftime("%Y-%m-%d %H:00 UTC", time.gmtime(result.at))
+    out.print(
+        f"{hour}, code {result.code[:16]}, on {result.setting.device}, from {result.setting.came_from}; "
+        f"it took {result.seconds:.0f} s",
+        markup=False,
+    )
+    out.print(f"{kept}; the next report holds it", markup=False)
 
 
 def _print_account(account: Account) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy import special, stats
 
 FALSE_ALARM = 1e-6
+_ROWS = 1024  # whose correlations are in memory at a time
 
 Doubles = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -37,16 +38,19 @@ class Evidence:
 
 def by_p_values(name: str, p_values: Sequence[float], shows: str, failure: str) -> Evidence:
     """The evidence of all `p_values` together: it passes unless one is too small for chance, or NaN."""
-    smallest = min(1.0, len(p_values) * float(np.nan_to_num(p_values, nan=0.0).min()))
-    quantity = f"smallest of {len(p_values)} p-value(s), times their number; passes from the bound on"
-    return Evidence(name, smallest >= FALSE_ALARM, quantity, smallest, FALSE_ALARM, shows, failure)
+    return _by_smallest(name, float(np.min(p_values)), len(p_values), shows, failure)
 
 
-def by_correlations(name: str, statistics: Sequence[float], failure: str) -> Evidence:
-    """The evidence of standard normal `statistics` that should be near 0."""
-    largest = max(map(abs, statistics))
-    shows = f"the largest of {len(statistics):,} correlation(s) lies {largest:.2f} of its deviations from 0"
-    return by_p_values(name, [normal_p(statistic) for statistic in statistics], shows, failure)
+def _by_smallest(name: str, smallest: float, count: int, shows: str, failure: str) -> Evidence:
+    together = min(1.0, count * float(np.nan_to_num(smallest, nan=0.0)))
+    quantity = f"smallest of {count:,} p-value(s), times their number; passes from the bound on"
+    return Evidence(name, together >= FALSE_ALARM, quantity, together, FALSE_ALARM, shows, failure)
+
+
+def by_correlations(name: str, largest: float, count: int, failure: str) -> Evidence:
+    """The evidence of `count` standard normal variables that should be near 0, `largest` in size of them."""
+    shows = f"the largest of {count:,} correlation(s) lies {largest:.2f} of its deviations from 0"
+    return _by_smallest(name, normal_p(largest), count, shows, failure)
 
 
 def normal_p(statistic: float) -> float:
@@ -64,6 +68,18 @@ def binomial_p(count: int, trials: int, probability: float) -> float:
     below = stats.binom.cdf(count, trials, probability)
     above = stats.binom.sf(count - 1, trials, probability)
     return float(min(1.0, 2 * min(below, above)))
+
+
+def largest_correlation(rows: Doubles) -> float:
+    """The largest `correlation` in size of any two of `rows` (T, k), T >= 2; of a pair, with the later one as first."""
+    norms, largest = np.linalg.norm(rows, axis=1), 0.0
+    for start in range(0, len(rows), _ROWS):
+        stop = min(start + _ROWS, len(rows))
+        earlier = np.arange(stop) < np.arange(start, stop)[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):  # no noise at all correlates with anything
+            found = np.abs(rows[start:stop] @ rows[:stop].T / norms[:stop])
+        largest = max(largest, float(np.nan_to_num(found, nan=np.inf)[earlier].max(initial=0.0)))
+    return largest
 
 
 def correlation(first: Doubles, second: Doubles) -> float:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import normalize
 
+from fedclip_secure.audit.setting import Setting
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import OpenClipEncoder, TimmEncoder
 from fedclip_secure.config.plan import FederationPlan, TimmModel
@@ -24,7 +25,7 @@ from fedclip_secure.methods.base import Batch, Method
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.training.gradients import Integers
 from fedclip_secure.training.records import select
-from fedclip_secure.training.shared import parameters_like
+from fedclip_secure.training.shared import load_shared, parameters_like
 
 _LEAST_PARAMETERS = 8192  # so many that a few hundred steps have a million noisy coordinates
 _LEAST_DIM = 64
@@ -56,30 +57,55 @@ class Scene:
     records: Batch
     unit_of: Integers
     units: int
+    setting: Setting
+
+    @property
+    def device(self) -> torch.device:
+        """Of the module; tokens and pixels stay in the CPU's memory."""
+        return self.records.labels.device
 
     def batch(self, rows: Integers) -> Batch:
         """The records at `rows`."""
-        return select(self.records, torch.from_numpy(rows))
+        return select(self.records, torch.from_numpy(rows).to(self.device))
+
+    @property
+    def about(self) -> str:
+        """What is trained, in words."""
+        shape = "x".join(map(str, self.records.images.shape[1:]))
+        count = sum(value.numel() for value in parameters_like(self.module, self.method.spec.shared).values())
+        inside = "" if self.encoder is None else f" inside {self.setting.encoder_in_words}"
+        return f"{count:,} parameters{inside}, {shape} values a record, {self.device.type}, {self.setting.came_from}"
 
 
-def make_scene(plan: FederationPlan, units: int) -> Scene:
-    """Records of `units` units of the plan's kind, and the plan's method on features of a small width.
+def make_scene(plan: FederationPlan, units: int, setting: Setting | None = None) -> Scene:
+    """Records of `units` units of the plan's kind, and the plan's method as it is trained in `setting`.
 
     Patients have 1 to 4 records. Features, text features and initial weights are the same in every scene.
+
+    Raises:
+        ModelError: the model that was received is not of the plan's method, or of another width.
     """
+    setting = setting or Setting()
     method = find_method(plan.method)
     patients = plan.privacy is not None and plan.privacy.unit == "patient"
     sizes = 1 + np.arange(units) % _MOST_RECORDS if patients else np.ones(units, dtype=np.int64)
     unit_of = np.repeat(np.arange(units), sizes)
-    encoder = None if method.spec.backprop == "none" else _small_encoder(plan, method.spec.first_block + 2)
+    inside = method.spec.backprop != "none"
+    encoder = (setting.encoder or _small_encoder(plan, method.spec.first_block + 2, setting.device)) if inside else None
     with same_torch_seed():
-        module, task = _build(method, plan) if encoder is None else _inside(method, encoder, plan)
+        task = _task(method, plan, setting.dim) if encoder is None else _task_of(encoder, plan)
         shape = task.text_features.shape[1:] if encoder is None else encoder.shape_of(method.spec.stage)
         features = 10 * torch.randn(len(unit_of), *shape)
         labels = torch.randint(len(task.classes), (len(unit_of),))
-    records = Batch(features, labels, torch.from_numpy(task.text_features), task.logit_scale)
+        torch.manual_seed(plan.training.seed)  # as `prepare` draws the weights
+        module = method.build(task, encoder).to(setting.device)
+    if setting.start is not None:
+        load_shared(module, method.spec, setting.start)
+    text = torch.from_numpy(task.text_features).to(setting.device)
+    here = features.to(setting.device) if features.dim() == 2 else features  # as `load_records`
+    records = Batch(here, labels.to(setting.device), text, task.logit_scale)
     method.begin_round(module)
-    return Scene(method, module.train(), task, encoder, records, unit_of, units)
+    return Scene(method, module.train(), task, encoder, records, unit_of, units, setting)
 
 
 @contextmanager
@@ -90,27 +116,28 @@ def same_torch_seed() -> Iterator[None]:
         yield
 
 
-def _build(method: Method, plan: FederationPlan) -> tuple[nn.Module, Task]:
-    """The method's module on the narrowest features, by steps of _LEAST_DIM, that give it enough parameters."""
-    dim, without_text = _LEAST_DIM, isinstance(plan.model, TimmModel)
+def _task(method: Method, plan: FederationPlan, dim: int | None) -> Task:
+    """Random text features as wide as `dim`, or as the narrowest, by steps of _LEAST_DIM, with enough parameters."""
+    without_text, width = isinstance(plan.model, TimmModel), dim or _LEAST_DIM
     while True:
-        text = normalize(torch.randn(0 if without_text else len(plan.classes), dim), dim=-1)
+        text = normalize(torch.randn(0 if without_text else len(plan.classes), width), dim=-1)
         task = Task(tuple(plan.classes), text.numpy(), 1.0 if without_text else _LOGIT_SCALE)
-        module = method.build(task, None)
-        if sum(value.numel() for value in parameters_like(module, method.spec.shared).values()) >= _LEAST_PARAMETERS:
-            return module, task
-        dim += _LEAST_DIM
+        if dim is not None:
+            return task
+        shared = parameters_like(method.build(task, None), method.spec.shared)
+        if sum(value.numel() for value in shared.values()) >= _LEAST_PARAMETERS:
+            return task
+        width += _LEAST_DIM
 
 
-def _inside(method: Method, encoder: Encoder, plan: FederationPlan) -> tuple[nn.Module, Task]:
-    """The method's module inside a small encoder, over the plan's own classes and templates."""
+def _task_of(encoder: Encoder, plan: FederationPlan) -> Task:
+    """The plan's own classes and templates, as `encoder` reads them."""
     text = encoder.text_features(plan.text_prompts())
     scale = encoder.lock.logit_scale
-    task = Task(tuple(plan.classes), text, scale, tuple(plan.classes.values()), tuple(plan.templates))
-    return method.build(task, encoder), task
+    return Task(tuple(plan.classes), text, scale, tuple(plan.classes.values()), tuple(plan.templates))
 
 
-def _small_encoder(plan: FederationPlan, blocks: int) -> Encoder:
+def _small_encoder(plan: FederationPlan, blocks: int, device: torch.device) -> Encoder:
     """A small vision transformer with random weights, always the same ones; a text transformer too, as the plan's."""
     settled: OpenClipEncoder | TimmEncoder
     with same_torch_seed():
@@ -122,4 +149,4 @@ def _small_encoder(plan: FederationPlan, blocks: int) -> Encoder:
             about = {"name": "random", "config": json.dumps(config), "logit_scale": _LOGIT_SCALE, **_LOCKED}
             settled = check(about, OpenClipEncoder, "made-up encoder")
             network = open_clip.CLIP(**config)
-    return Encoder(network, settled, None, torch.device("cpu"))
+    return Encoder(network, settled, None, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,24 +16,34 @@ from fedclip_secure.audit import noise as noises
 from fedclip_secure.audit.canaries import Attack
 from fedclip_secure.audit.engine import Engine, MakeEngine, TrainingEngine
 from fedclip_secure.audit.evidence import Doubles, Evidence
+from fedclip_secure.audit.lockstep import Work
 from fedclip_secure.audit.scene import Scene, make_scene, same_torch_seed
-from fedclip_secure.audit.sensitivity import sensitivity
-from fedclip_secure.audit.trainer import MakeTrainer, composition
+from fedclip_secure.audit.sensitivity import records_apart, sensitivity
+from fedclip_secure.audit.setting import Setting
+from fedclip_secure.audit.trainer import MakeTrainer, as_by_hand, keys_fresh, noise_apart, noise_of_each, rehearse
 from fedclip_secure.config.plan import FederationPlan, PrivacyPlan
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy import document
+from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.training.dp import PrivateTrainer
 
 _UNITS = 1000  # to take away one of; the sampler's tests choose their own number
-_IN_STEP = 64  # units in a step whose noise is looked at, on average
+_ODD_DIM = 67  # no multiple of 4: libraries multiply matrices of such widths by other programs
+_IN_STEP = 16  # units in a step whose noise is looked at, on average
+_FEWEST = 16  # units of the trainer
+_HOUR = 3600  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
-    """What was found, in the order of the tests."""
+    """What was found, in the order of the tests; `at` is the whole hour, in seconds since 1970, `code` the program."""
 
     evidence: tuple[Evidence, ...]
     attack: Attack
+    setting: Setting
+    at: int
+    code: str
+    seconds: float  # that it took
 
     @property
     def passed(self) -> bool:
@@ -48,6 +59,8 @@ class AuditResult:
             for found in self.evidence
         ]
         return document.Audit(
+            at=self.at,
+            code=self.code,
             self_tests=tests,
             attack=document.Attack(
                 canaries=canaries.CANARIES,
@@ -66,6 +79,11 @@ class AuditResult:
         """Everything as plain JSON data: numbers rounded to 7 digits, None for those that are not finite."""
         return {
             "version": 1,
+            "at": self.at,
+            "code": self.code,
+            "device": str(self.setting.device),
+            "start": self.setting.came_from,
+            "seconds": round(self.seconds, 1),
             "records": "made up for these tests; no record of this silo was read",
             "passed": self.passed,
             "tests": [_rounded(asdict(found)) for found in self.evidence],
@@ -76,32 +94,36 @@ class AuditResult:
 def run_audit(
     plan: FederationPlan,
     noise_multiplier: float,
+    setting: Setting | None = None,
     *,
     make_engine: MakeEngine = TrainingEngine,
     make_trainer: MakeTrainer = PrivateTrainer,
 ) -> AuditResult:
-    """Test the mechanism of `plan` (its method, unit, C, q and divisor) with `noise_multiplier`.
+    """Test the mechanism of `plan` (its method, unit, C, q and divisor) with `noise_multiplier`, as `setting` has it.
 
-    This takes some seconds, and reads no record.
+    This takes up to some minutes, most of them for two rounds of training, and reads no record.
 
     Raises:
         ConfigError: the plan has no privacy.
+        ModelError: the model that the silo starts from cannot be trained.
     """
     privacy = plan.privacy
     if privacy is None:
         raise ConfigError("federation.yaml: privacy is missing; there is no mechanism to test")
+    setting, began = setting or Setting(), time.monotonic()
     with one_thread():
-        mechanism = Mechanism(plan, privacy, noise_multiplier, make_engine)
+        mechanism = Mechanism(plan, privacy, noise_multiplier, make_engine, setting)
         found = mechanism.attack()
         evidence = (
-            mechanism.clipping(),
+            *mechanism.clipping(),
             *mechanism.noise(),
             *mechanism.sampling(),
-            composition(plan, privacy, noise_multiplier, make_trainer),
+            *mechanism.training(make_trainer),
             canaries.as_planned(found),
             canaries.not_refuted(found),
         )
-    return AuditResult(evidence, found)
+    hour = int(time.time()) // _HOUR * _HOUR
+    return AuditResult(evidence, found, setting, hour, code_sha256(), time.monotonic() - began)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +134,26 @@ class Mechanism:
     privacy: PrivacyPlan
     noise_multiplier: float
     make_engine: MakeEngine
+    setting: Setting
 
     def engine(self) -> Engine:
         """For a new run."""
         return self.make_engine(self.privacy, self.noise_multiplier)
 
-    def clipping(self) -> Evidence:
-        """How far one unit moves the clipped sum."""
-        return sensitivity(self.engine(), make_scene(self.plan, _UNITS), self.privacy.max_grad_norm)
+    def clipping(self) -> list[Evidence]:
+        """How far one unit moves the clipped sum, and whether others change what it adds; also at an odd width."""
+        scenes = [make_scene(self.plan, _UNITS, self.setting)]
+        if scenes[0].encoder is None and scenes[0].records.images.shape[1] % 4 == 0:
+            scenes.append(make_scene(self.plan, _UNITS, self.setting.narrow(_ODD_DIM)))
+        engine, norm = self.engine(), self.privacy.max_grad_norm
+        return [sensitivity(engine, scenes, norm), records_apart(engine, scenes, norm)]
+
+    def training(self, make_trainer: MakeTrainer) -> list[Evidence]:
+        """Two whole rounds of the trainer, and what it releases in them."""
+        units = min(_UNITS, max(_FEWEST, math.ceil(_IN_STEP / self.privacy.sample_rate)))
+        scene = make_scene(self.plan, units, self.setting)
+        found = rehearse(Work(self.plan, self.privacy, self.noise_multiplier, scene), make_trainer)
+        return [keys_fresh(found), as_by_hand(found), noise_of_each(found), noise_apart(found)]
 
     def attack(self) -> Attack:
         """On all steps that the plan allows for one phase, or as many as are attacked at most."""
@@ -128,13 +162,14 @@ class Mechanism:
 
     def noise(self) -> list[Evidence]:
         """Whole steps, and wide sums; a second run only to compare the first with."""
-        scene = make_scene(self.plan, min(_UNITS, math.ceil(_IN_STEP / self.privacy.sample_rate)))
+        units = min(_UNITS, math.ceil(_IN_STEP / self.privacy.sample_rate))
+        scene = make_scene(self.plan, units, self.setting.narrow())
         one, other = self._noise(scene, noises.COORDINATES), self._noise(scene, noises.FEWER_COORDINATES)
-        both = (one, noises.noise_of_wide_sums(self.engine(), self.privacy, self.noise_multiplier))
+        both = [*one, noises.noise_of_wide_sums(self.engine(), self.privacy, self.noise_multiplier)]
         tests = (noises.deviation, noises.shape, noises.across_steps, noises.across_coordinates)
         return [*(test(both) for test in tests), noises.across_runs(one, other)]
 
-    def _noise(self, scene: Scene, coordinates: int) -> Doubles:
+    def _noise(self, scene: Scene, coordinates: int) -> list[Doubles]:
         with same_torch_seed():
             return noises.noise_of_steps(self.engine(), scene, self.privacy, self.noise_multiplier, coordinates)
 

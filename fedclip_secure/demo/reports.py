@@ -8,16 +8,19 @@ from pathlib import Path
 
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.report import make_federation_report
+from fedclip_secure.audit.at_silo import setting_of
 from fedclip_secure.audit.crosscheck import second_opinion
 from fedclip_secure.audit.selftest import run_audit
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.errors import TrustError
 from fedclip_secure.pki.identity import Identity
-from fedclip_secure.privacy.document import SiloReport
+from fedclip_secure.privacy.document import Audit, SiloReport
 from fedclip_secure.privacy.output import write_report
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.verify import read_report, verify
 from fedclip_secure.privacy.verify_silo import Expected
+from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo.outcome import newest_model
 from fedclip_secure.silo.pins import Accepted
 from fedclip_secure.silo.report import make_report, save_audit
 
@@ -33,14 +36,14 @@ class Reports:
 
 
 def write_reports(home: Home, accepted: Accepted, configs: Mapping[str, SiloConfig]) -> Reports:
-    """Audit the mechanism once, for all labs run the same code here; then report and verify.
+    """Audit the mechanism once, as the first lab trains: all run the same code here. Then report and verify.
 
     Raises:
         TrustError: a report does not verify.
     """
     planned = PlannedRun.of(accepted.contract)
     assert planned is not None  # noqa: S101 - the caller asked for privacy
-    audit = run_audit(accepted.contract.plan, planned.per_round.noise_multiplier).for_report()
+    audit = _audit(accepted, planned, next(iter(configs.values())))
     prv = second_opinion(accepted.contract)
     epsilon, paths = {}, []
     for name, config in configs.items():
@@ -53,6 +56,13 @@ def write_reports(home: Home, accepted: Accepted, configs: Mapping[str, SiloConf
         epsilon[name] = report.body.claim.epsilon
     paths.append(_written(home.folder / "report", make_federation_report(home, paths), accepted))
     return Reports(epsilon, planned.delta, planned.privacy.unit, tuple(paths))
+
+
+def _audit(accepted: Accepted, planned: PlannedRun, config: SiloConfig) -> Audit:
+    contract = accepted.contract
+    received = newest_model(Path(config.workdir), contract, Terms.of(contract, accepted.roster))
+    setting = setting_of(contract, config, received)
+    return run_audit(contract.plan, planned.per_round.noise_multiplier, setting).for_report()
 
 
 def _written(folder: Path, data: bytes, accepted: Accepted) -> Path:

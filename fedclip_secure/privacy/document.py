@@ -38,6 +38,7 @@ Hour = Annotated[int, Field(ge=0, le=2**53, multiple_of=3600)]  # seconds since 
 State = Literal["shown", "said", "stated", "open", "tested"]  # the last in version 1 alone, for what is now `said`
 TESTS = (  # of a whole audit, in its order
     "sensitivity",
+    "records_apart",
     "noise_deviation",
     "noise_shape",
     "noise_across_steps",
@@ -47,10 +48,15 @@ TESTS = (  # of a whole audit, in its order
     "participation",
     "membership_independence",
     "membership_across_runs",
+    "trainer_keys",
     "trainer",
+    "trainer_noise",
+    "trainer_noise_across_steps",
     "canary_scores",
     "one_run_attack",
 )
+# Of a whole audit of version 0.1, whose audits name neither hour nor code.
+FIRST_TESTS = tuple(name for name in TESTS if name != "records_apart" and not name.startswith("trainer_"))
 TestName = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(TESTS)})$")]
 
 

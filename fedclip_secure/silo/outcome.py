@@ -95,6 +95,16 @@ def read_models(folder: Path, contract: Contract) -> dict[int, bytes]:
         raise DataError(f"{path}: cannot be read; `fedclip-silo train` writes it anew") from error
 
 
+def newest_model(workdir: Path, contract: Contract, terms: Terms) -> AdapterState | None:
+    """The newest model of this run that this silo keeps, which is its last one; None before the run has ended.
+
+    Raises:
+        ConfigError, DataError, ModelError: the files of the run's end are not whole.
+    """
+    folder = adapter_folder(workdir)
+    return load_adapter(folder / "last.safetensors", terms) if read_models(folder, contract) else None
+
+
 def load_adapter(path: Path, terms: Terms) -> AdapterState:
     """Read an adapter of the plan's layout.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import torch
 from fedclip_secure.audit.engine import TrainingEngine
 from fedclip_secure.audit.scene import make_scene
 from fedclip_secure.audit.selftest import AuditResult, Mechanism, one_thread, run_audit
+from fedclip_secure.audit.setting import Setting
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.registry import METHODS, find_method
+from fedclip_secure.privacy.document import TESTS
+from fedclip_secure.privacy.software import code_sha256
 from tests.audit.plans import SIGMA, private_plan
 
 
@@ -21,7 +25,7 @@ def honest() -> AuditResult:
 
 def test_mechanism_as_planned_passes_every_test(honest: AuditResult) -> None:
     assert [found for found in honest.evidence if not found.passed] == []
-    assert len({found.name for found in honest.evidence}) == 13
+    assert tuple(found.name for found in honest.evidence) == TESTS
 
 
 ON_FEATURES = [name for name in METHODS if find_method(private_plan(name).method).spec.backprop == "none"]
@@ -31,18 +35,22 @@ INSIDE = [name for name in METHODS if name not in {*ON_FEATURES, "fedavg_full", 
 @pytest.mark.parametrize(
     ("method", "unit"),
     [
-        *((name, unit) for name in ON_FEATURES for unit in ("record", "patient")),
+        *((name, "patient") for name in ON_FEATURES if name != "fedtune:head"),  # as linear_probe
+        ("fedclip", "record"),
         ("fedtune:text_bias", "record"),
         *(pytest.param(name, "patient", marks=pytest.mark.long) for name in INSIDE),
     ],
 )
-def test_one_unit_moves_the_clipped_sum_of_every_method_by_at_most_the_norm(method: str, unit: str) -> None:
+def test_one_unit_moves_the_clipped_sum_of_every_method_by_at_most_the_norm_and_by_itself(
+    method: str, unit: str
+) -> None:
     plan = private_plan(method, unit=unit, max_grad_norm=0.5)
     assert plan.privacy is not None
     with one_thread():
-        found = Mechanism(plan, plan.privacy, SIGMA, TrainingEngine).clipping()
+        found, apart = Mechanism(plan, plan.privacy, SIGMA, TrainingEngine, Setting(dim=67)).clipping()
     assert found.passed
     assert found.measured > 0.999, "some unit was clipped"
+    assert apart.passed
 
 
 def test_one_noisy_sum_over_everybody_passes_every_test() -> None:
@@ -56,6 +64,16 @@ def test_audit_is_plain_json_that_says_that_no_record_was_read(honest: AuditResu
     assert json.loads(json.dumps(body, allow_nan=False)) == body
     assert body["version"] == 1
     assert "made up" in body["records"]
+
+
+def test_audit_says_when_it_was_to_the_hour_and_of_which_program_where_and_from_what(honest: AuditResult) -> None:
+    body, part = honest.as_json(), honest.for_report()
+    assert body["at"] == part.at == honest.at
+    assert 0 <= time.time() - honest.at < 2 * 3600
+    assert honest.at % 3600 == 0
+    assert body["code"] == part.code == code_sha256()
+    assert (body["device"], body["start"]) == ("cpu", "new weights by the plan's seed")
+    assert all("8,320 parameters, 64 values a record, cpu, new weights" in test.shows for test in part.self_tests[:1])
 
 
 def test_report_takes_the_audit(honest: AuditResult) -> None:
