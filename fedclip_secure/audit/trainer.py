@@ -36,6 +36,7 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.model.state import AdapterState
+from fedclip_secure.training.bounds import LARGEST_WEIGHT
 from fedclip_secure.training.dp import Coins, PrivateTrainer
 from fedclip_secure.training.private_state import PrivateState
 from fedclip_secure.training.shared import read_shared
@@ -46,7 +47,6 @@ ROUNDS = 2
 _SAME = 0.01
 MOST_BY_HAND = 1_000_000_000  # coordinates
 _FEWEST_BY_HAND = 32
-_LARGEST_WEIGHT = 100.0  # that a trainer takes
 _VALUES = 1 << 23  # of noise that are kept, of all releases together
 _SHAPED = 1 << 21  # of them, whose distribution is looked at
 
@@ -237,7 +237,7 @@ def _trainer(work: Work, make: MakeTrainer, rows: npt.NDArray[np.int64], private
 
 def _next(start: AdapterState, update: Doubles) -> AdapterState:
     """What this silo's update alone would make of the model, within what a trainer takes."""
-    moved = np.clip(start.vector + update, -_LARGEST_WEIGHT, _LARGEST_WEIGHT).astype(np.float32)
+    moved = np.clip(start.vector + update, -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.float32)
     return AdapterState(start.layout, moved)
 
 

@@ -133,14 +133,14 @@ class LayerGradients:
         # One unit at a time, of its own records alone: what a unit adds must not depend on who else is there.
         sizes = torch.bincount(groups).tolist()
         ends = itertools.accumulate(sizes)
-        found = torch.stack([self._square(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)])
-        lengths = torch.zeros_like(found).index_add(0, groups, squares.sqrt())
-        several = torch.maximum(found, (lengths / _MOST_CANCELLED).square())
-        alone = torch.zeros_like(found).index_add(0, groups, squares)  # as where no unit has several
-        return torch.where(torch.bincount(groups) == 1, alone, several)
+        parts = (slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+        return torch.stack([self._of_unit(squares[rows], rows) for rows in parts])
 
-    def _square(self, rows: slice) -> Tensor:
-        return torch.stack([layer.square_of_sum(rows) for layer in self.layers]).sum()
+    def _of_unit(self, squares: Tensor, rows: slice) -> Tensor:
+        if len(squares) == 1:
+            return squares[0]
+        whole = torch.stack([layer.square_of_sum(rows) for layer in self.layers]).sum()
+        return torch.maximum(whole, (squares.sqrt().sum() / _MOST_CANCELLED).square())
 
 
 def layer_gradients(module: nn.Module, phase: Phase, places: Sequence[Place], batch: Batch) -> LayerGradients:
