@@ -43,12 +43,15 @@ class UnknownOperationError(Exception):
     """Nothing is known here of how an operation treats the records of a batch. It is named."""
 
 
-class ExactArithmetic(TorchDispatchMode):
+class ExactArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
     """While it is entered, torch computes as this module says: all in float64, and forward as backward.
 
     Raises:
         UnknownOperationError: an operation is none of the three kinds.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

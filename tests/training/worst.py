@@ -54,7 +54,7 @@ def drawn(random: np.random.Generator, method: str, most_records: int) -> Case:
     return Case(
         method=method,
         phase=int(random.integers(2)),
-        width=int(random.choice([random.integers(1, 1101), random.integers(1, 40), 129, 333, 1001])),
+        width=int(random.choice([int(random.integers(1, 1101)), int(random.integers(1, 40)), 129, 333, 1001])),
         classes=int(random.integers(2, 10)),
         records=int(np.exp(random.uniform(0, math.log(most_records)))),
         max_grad_norm=float(10 ** random.uniform(-6, 2)),
