@@ -22,7 +22,7 @@ gives each record a pass of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 _DIGITS = 51  # bits of a sum in units; two fewer than a double's, for products found by sums of sums (Strassen 1969)
+_TERMS = 1024  # of one exact sum: more would leave each with few bits
 _EXPONENT = 0x7FF0000000000000  # of a double's bits
 _MANTISSA = 0x000FFFFFFFFFFFFF
 _SMALLEST = 2.0**-900  # of a row's largest term that is told from 0: units stay normal numbers
@@ -69,8 +70,11 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
     """first (M, K) · second (K, N), float64: each element follows from its row and its column alone.
 
     Rows and columns are rounded to (51 - log2 K)/2 bits of their largest element: 21 at K = 512, which is what
-    single precision keeps of a sum of such length.
+    single precision keeps of a sum of such length. Products of more terms are made of several, added one by one.
     """
+    if first.shape[1] > _TERMS:
+        pairs = zip(first.split(_TERMS, dim=1), second.split(_TERMS, dim=0), strict=True)
+        return _added(matmul(left, right) for left, right in pairs)
     bits = (_DIGITS - _log2(first.shape[1])) // 2
     left, unit_left = _in_units(first, (1,), bits)
     right, unit_right = _in_units(second, (0,), bits)
@@ -78,12 +82,17 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
 
 
 def total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
-    """The sum of float64 `values` over `dims`, of terms rounded to 51 - log2 n bits of the largest of the n."""
+    """The sum of float64 `values` over `dims`, of terms rounded to 51 - log2 n bits of the largest of the n.
+
+    Over one dimension that is off by less than 2⁻³⁰ of the sum of their sizes: more than _TERMS are added in parts.
+    """
     dims = [dim % values.dim() for dim in dims]
-    count = math.prod(values.shape[dim] for dim in dims)
     if not values.numel():
         return values.sum(dims, keepdim)
-    whole, unit = _in_units(values, dims, _DIGITS - _log2(count))
+    for dim in dims:
+        if values.shape[dim] > _TERMS:
+            return _added(total(part, dims, keepdim) for part in values.split(_TERMS, dim))
+    whole, unit = _in_units(values, dims, _DIGITS - _log2(math.prod(values.shape[dim] for dim in dims)))
     summed = whole.sum(dims, keepdim=True) * unit
     return summed if keepdim else summed.sum(dims)  # over one element each
 
@@ -126,6 +135,14 @@ def tanh(values: Tensor) -> Tensor:
     """By e^(-2|x|)."""
     small = exp(values.abs() * -2)
     return (1 - small) / (1 + small) * values.sign()
+
+
+def _added(parts: Iterator[Tensor]) -> Tensor:
+    """Their sum, one operation for each element after the other."""
+    found = next(parts)
+    for part in parts:
+        found = found + part
+    return found
 
 
 def _log2(count: int) -> int:

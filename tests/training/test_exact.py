@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +20,7 @@ from fedclip_secure.training.exact import ExactArithmetic, UnknownOperationError
 Rows = Callable[[Tensor], Tensor]
 LABELS, COLUMNS = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 6, dtype=torch.int64)
 BIAS = torch.arange(37.0, dtype=torch.float64)
-WIDTHS = [1, 2, 3, 5, 7, 16, 31, 64, 100, 129, 333, 512, 1001]
+WIDTHS = [1, 2, 3, 5, 7, 16, 31, 64, 100, 129, 333, 512, 1001, 3000]
 
 
 def rows_of(count: int, width: int, seed: int = 0) -> Tensor:
@@ -63,6 +64,16 @@ def test_row_gets_the_same_bits_wherever_it_lies_and_whoever_is_beside_it(name: 
     whole = exactly(operation, values)
     for rows in ([0], [66], [5, 3], list(range(1, 67)), list(range(66, -1, -1)), [7] * 40 + [66]):
         assert torch.equal(exactly(operation, values[rows]), whole[rows])
+
+
+def test_squared_norms_are_right_to_what_clipping_leaves_for_them() -> None:
+    random = np.random.default_rng(0)
+    for width in (1, 512, 1024, 1025, 65_536):
+        rows = np.abs(random.normal(size=(3, width))) * 10.0 ** random.uniform(-6, 0, (3, width))
+        rows[:, 0] = 1e3  # beside which all others are small
+        found = exact.squared_norms(torch.from_numpy(rows)).numpy()
+        true = np.array([math.fsum(value * value for value in row) for row in rows])
+        assert np.abs(found / true - 1).max() < 2.0**-30
 
 
 @pytest.mark.parametrize("threads", [1, 2])
