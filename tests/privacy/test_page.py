@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -12,14 +14,17 @@ import pytest
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.privacy.curves import Curve, most_true_positives, over_rounds, profile, surely_reached
-from fedclip_secure.privacy.document import Attack, Estimate, Limit, Rates
+from fedclip_secure.privacy.document import TESTS, Attack, Estimate, Limit, Rates
 from fedclip_secure.privacy.output import write_report
 from fedclip_secure.privacy.page import render_page
 from fedclip_secure.privacy.parties import parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 from fedclip_secure.privacy.report import SiloFacts, report_body
+from fedclip_secure.privacy.verify import verify
 from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo.pins import Accepted
+from fedclip_secure.silo.report import load_audit
 from tests.privacy.reports import AUDIT, CODE, NOW, Site, body_of, contract, plain_contract, replace
 
 
@@ -246,6 +251,24 @@ def test_tests_are_what_the_silo_says_with_their_hour_and_the_code(page: str) ->
     assert "Versions when this report was written, as the silo states them" in text
     assert page.count('<span class="chip said">') == 3 + 1 + 13  # three assumptions, the legend, the tests
     assert ">tested<" not in page
+
+
+def test_audit_that_was_typed_by_hand_is_the_silos_word_and_of_other_code(tmp_path: Path) -> None:
+    site = Site(tmp_path / "site")
+    passed = [{"name": name, "passed": True, "shows": "all is well"} for name in TESTS]
+    typed = {"at": AUDIT.at, "code": "7" * 64, "attack": None, "self_tests": passed}
+    (tmp_path / "audit.json").write_text(json.dumps({"plan": site.agreed.pin, "audit": typed}))
+    audit = load_audit(tmp_path, cast(Accepted, SimpleNamespace(contract=site.agreed)))
+    assert audit is not None
+    data = site.signed(report_body(replace(site.trained(rounds=1), audit=audit)))
+    assert verify(data).passed, "no file can show who typed it"
+    text = spaced(render_page(data))
+    assert (
+        "The silo says that it tested them on synthetic records, and that every test passed. No file can show" in text
+    )
+    assert (
+        "It tested other code than all or a part of the run was trained with, and its tests say nothing of that" in text
+    )
 
 
 def test_the_ledgers_times_are_shown_as_whole_hours(page: str) -> None:
