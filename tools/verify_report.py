@@ -1020,6 +1020,8 @@ def check_figures(body: Json, ledger: Ledger) -> None:
     need(claim["groups"][0]["epsilon"] == claim["epsilon"], "epsilon for 1 unit is another than that of the claim")
     check_audit(body)
     for group in claim["groups"]:
+        if group["epsilon"] is None:  # so much that no number expresses it
+            continue
         least = epsilon(total, delta, group["units"])
         at_least(group["epsilon"], least, f"epsilon for {group['units']} units")
     spent, charged = claim["spent"], len(ledger.reserved)
@@ -1236,6 +1238,7 @@ def check_silo(out: Printed, report: Json, name: str, held: Sequence[bytes] = ()
     ledger = None
     if body["contract"]["plan"]["privacy"] is None:
         out.check(f"{name}no claim", lambda: check_nothing_claimed(body))
+        out.check(f"{name}receipts", lambda: need(not held, "receipts are held for a plan without a ledger"))
     else:
         ledger = out.check(f"{name}ledger", lambda: Ledger(body))
         if ledger is None:

@@ -178,6 +178,9 @@ class _Trainer:
     update: npt.NDArray[Any]
     records: int = WEIGHT
 
+    def check(self, _received: AdapterState) -> None:
+        """Nothing is refused."""
+
     def train(self, _received: AdapterState) -> npt.NDArray[Any]:
         return self.update
 

@@ -32,7 +32,7 @@ from fedclip_secure.features.stage import FEATURES, Stage
 INDEX_NAME = "files.sqlite"
 _SHARD_IMAGES = 512  # images between two writes, and
 _SHARD_SECONDS = 60.0  # time between two writes: what a kill can lose
-_MOST_SEATS = 64  # images in a pass of which each has its own row: a GPU gains little beyond, and small folders fill it
+_SEATS = 32  # images in a pass of which each has its own row, always: the last passes of a folder are not full
 _MAX_DECODERS = 16  # threads; the encoder is the slower half on all but the largest machines
 
 
@@ -107,7 +107,7 @@ def _encoded(
     """The key of each file's content, None for a broken one; the cache that has all of them; the broken ones."""
     digest = encoder.digest_of(options.stage)
     if options.apart:
-        digest = canonical.digest("fedclip/v1/features-apart", digest)
+        digest = canonical.digest("fedclip/v1/features-apart", digest, encoder.device.type)
     cache = FeatureCache(folder, digest, encoder.shape_of(options.stage))
     with closing(FileIndex(folder / INDEX_NAME)) as index:
         keys: list[bytes | None] = [None] * len(files)
@@ -147,9 +147,10 @@ class _Work:
 
     @cached_property
     def batch_size(self) -> int:
-        """How many images are encoded at once; on a GPU a trial finds it out."""
-        size = self._options.batch_size or fitting_batch_size(self.encoder)
-        return min(size, _MOST_SEATS) if self._options.apart else size
+        """How many images are encoded at once; on a GPU a trial finds it out, unless all batches have one size."""
+        if self._options.apart:
+            return self._options.batch_size or _SEATS
+        return self._options.batch_size or fitting_batch_size(self.encoder)
 
     @cached_property
     def _seats(self) -> Seats:

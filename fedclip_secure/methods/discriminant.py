@@ -68,8 +68,7 @@ class Sums(nn.Module):
     def lift(self, image_features: Tensor) -> Tensor:
         """φ of `image_features` (B, D): (B, E).
 
-        Rounded from float64: the last bits of a float32 product of matrices depend on how many records there are, and
-        what one record adds must not.
+        In float64, whatever they came in: M adds up a square of it, and later differences of large numbers are taken.
         """
         here = image_features.cpu() if image_features.device.type == "mps" else image_features  # MPS has no float64
         x = normalize(here.double(), dim=-1)

@@ -59,6 +59,11 @@ def nobody_fits(
     mine: Numbers, charges: Charges, committed: Charges, need: Need, cap: Cap | None, *, held_by: str
 ) -> PolicyError:
     """Why no unit can take part, what would fit, and what to do. `committed` has what unfinished runs hold, too."""
+    if cap is not None and need.total is None:
+        return PolicyError(
+            f"every unit has spent more than policy.max_epsilon {cap.epsilon:g} allows; nothing of this run is left to "
+            "pay for, so set the limit back to what it was to see it end"
+        )
     if cap is None or need.total is None:
         return PolicyError("every unit of the data was left out when the run began; restore the data of the run")
     taken = committed.spent(cap)[mine]
@@ -75,7 +80,11 @@ def in_words(cap: Cap, need: Need, spent: float = 0.0, taken: float = 0.0, held_
     total = need.total
     if total is None:
         return "nothing of the plan is left"
-    least = f"the unit charged least has spent ε {cap.epsilon_of(spent):.4g}" if spent > 0 else "nothing is spent yet"
+    least = (
+        f"the unit charged least has spent ε {cap.epsilon_of(spent):.4g}"
+        if spent > 0
+        else "for a unit that has spent nothing"
+    )
     if held_by:
         least += f", unfinished runs hold what may bring it to ε {cap.epsilon_of(taken):.4g} ({held_by})"
     rounds, sigma = cap.rounds_that_fit(taken, need.per_round), cap.sigma_that_fits(taken, total)

@@ -25,7 +25,11 @@ def found(book: Book, terms: RunTerms) -> Run | None:
     run = book.chain.found(book.silo, fields["plan"], fields["roster"])
     if run is None:
         return None
-    fields |= {"key": book.key, "code": run.begin.code, "patients": run.begin.patients}  # compared elsewhere
+    fields |= {
+        "key": book.key,
+        "code": run.begin.code,
+        "patients": run.begin.patients,
+    }  # may differ, or is compared elsewhere
     other = [name for name, value in fields.items() if getattr(run.begin, name) != value]
     if other:
         raise TrustError(
@@ -56,7 +60,7 @@ def check_units(book: Book, terms: RunTerms) -> None:
         raise PolicyError(
             f"{book.path}: since its first run patients' ids are normalised by {known}, and by "
             f"{list(terms.patients)} in silo.yaml: patients would get new accounts with nothing spent; set "
-            f"data.patients.normalise back to {known}"
+            f"data.patients.normalise back to {known}, or where ids come in a feature file, make them so"
         )
 
 
@@ -117,6 +121,19 @@ def check_round(run: Run, round_number: int) -> None:
         raise PolicyError(
             f"round {round_number} was paid for before, and the plan's {begin.max_retrains} retrains are used up; "
             "sit this round out: rounds that were not begun yet stay possible"
+        )
+
+
+def check_data(book: Book, run: Run, name: str) -> None:
+    """Refuse to charge other units than those that are trained on.
+
+    Raises:
+        DataError: another process went on with the run over other data since it was opened.
+    """
+    if run.sets[-1] != name:
+        raise DataError(
+            f"{book.path}: another process goes on with the run of federation {run.begin.federation} over other data; "
+            "stop one of the two, and start `train` again"
         )
 
 

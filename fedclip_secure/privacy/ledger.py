@@ -205,6 +205,7 @@ class Ledger:
         with self._book.writing():
             begin, retrain = run.begin, run.retrains + (round_number in run.rounds)
             gate.check_round(run, round_number)
+            gate.check_data(self._book, run, opened.set)
             gate.check_room(self._book, run, opened.cap, round_number)
             place = {"kind": "reserve", "run": begin.run, "set": run.sets[-1], "round": round_number}
             signed = self._book.write({**place, "retrain": retrain} | dataclasses.asdict(begin.per_round))
@@ -252,6 +253,7 @@ class OpenRun:
         self, ledger: Ledger, state: Run, admitted: frozenset[bytes], left_out: int, *, cap: Cap | None, code: str
     ) -> None:
         self._ledger, self.state, self.cap, self.code = ledger, state, cap, code
+        self.set = state.sets[-1]  # of the units that are admitted
         self.admitted = admitted  # ids, as they were handed in
         self.left_out = left_out  # units that are not admitted
 

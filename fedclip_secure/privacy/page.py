@@ -23,7 +23,7 @@ from fedclip_secure.privacy.document import (
     SiloBody,
     SiloReport,
 )
-from fedclip_secure.privacy.entries import SignedEntry
+from fedclip_secure.privacy.entries import Clock, Entry, Run, Settle, SignedEntry
 from fedclip_secure.privacy.parties import agreed, costs, most_hurt, parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.plots import profile_svg, roc_svg, rounds_svg
@@ -211,8 +211,15 @@ def _ledger(body: SiloBody, history: History) -> LedgerTable:
         )
         rows.append(row)
         seen.add(entry.round)
-    mine = len(run.sets) + len(run.reservations) + len(run.settled)
-    return LedgerTable(rows[-_MOST_ROWS:], max(0, len(rows) - _MOST_ROWS), len(entries), len(entries) - mine)
+    others = sum(_is_of_another(entry, run) for entry in entries)
+    return LedgerTable(rows[-_MOST_ROWS:], max(0, len(rows) - _MOST_ROWS), len(entries), others)
+
+
+def _is_of_another(entry: Entry, run: Run) -> bool:
+    """Whether an entry is of another run; one about the clock is of none."""
+    if isinstance(entry, Clock):
+        return False
+    return entry.reservation not in run.reservations if isinstance(entry, Settle) else entry.run != run.begin.run
 
 
 def _groups(digits: str) -> list[str]:

@@ -95,6 +95,8 @@ def most_hurt(found: list[Cost]) -> str:
     if worst.points >= 0:
         return "By these figures the noise costs no class anything."
     least = max(found, key=lambda cost: cost.points)
+    if worst.points == least.points:
+        return f"By these figures the noise costs every class the same ({-worst.points:.1f} points)."
     return (
         f"By these figures the noise costs {worst.name} most ({-worst.points:.1f} points), and {least.name} least "
         f"({max(-least.points, 0.0):.1f})."

@@ -139,6 +139,8 @@ def _check_audit_form(body: SiloBody) -> None:
 def _audit_shows(body: SiloBody) -> str:
     if body.audit is None:
         return "there is none: no test of the mechanism is spoken of"
+    if body.audit.at is None:
+        return "it does not say when it was done; that its tests were run, and what came of them, is the silo's word"
     return "it is not younger than the report; that its tests were run, and what came of them, is the silo's word"
 
 

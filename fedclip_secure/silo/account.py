@@ -97,7 +97,12 @@ def existing_ledger(config: SiloConfig, identity: Identity) -> Ledger:
 
 def ledger_folder(config: SiloConfig) -> Path:
     """Where the ledger lies, links followed: what is noted of it must be found by whatever way it is named."""
-    return Path(config.ledger).resolve()
+    try:
+        return Path(config.ledger).resolve()
+    except RuntimeError as error:  # links that lead to each other
+        raise ConfigError(
+            f"{config.ledger}: cannot be followed ({error}); name a folder as `ledger` in silo.yaml"
+        ) from error
 
 
 def ledger_exists(config: SiloConfig) -> bool:

@@ -35,6 +35,9 @@ class Trainer(Protocol):
 
     records: int
 
+    def check(self, received: AdapterState) -> None:
+        """Refuse what `train` would not train, before a round is paid for. No record is touched."""
+
     def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
         """The update (d,) that this silo's records make of `received`."""
 
@@ -270,6 +273,7 @@ class Runner:
     def _train(self, round_number: int, old: AdapterState) -> npt.NDArray[np.float64]:
         if self._budget is None:
             return self._trainer.train(old)
+        self._trainer.check(old)
         with self._budget.charged(round_number):
             update = self._trainer.train(old)
         return self._terms.grid.cut(update)

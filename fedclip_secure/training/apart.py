@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from fedclip_secure.training.records import select
 from fedclip_secure.training.shared import parameters_like
 
 _TOLERANCE = 0.01  # of C: rounding stays far below it, and the gradient of another record far above
+_TOLD = 1e-8  # of the largest gradient's square: what is smaller may be rounding alone
+_TRIED = 8  # classes that made-up records may be of
 _REMEDY = "this method cannot be trained with `privacy`: choose another `method`, or leave `privacy` out"
 
 
@@ -35,7 +38,7 @@ def check_records_apart(
         ModelError: they differ.
     """
     check_layers(module)
-    batch = _made_up(task, shape, device)
+    batch = _hard(module, phase, _made_up(task, shape, device))
     rows = torch.arange(len(batch.labels))
     _check_losses(module, phase, batch)
     shared = shared_pass(module, phase, batch)
@@ -45,7 +48,7 @@ def check_records_apart(
         given = batch if shared is None else doubled(batch)
         alone = torch.stack([_gradient(module, phase, select(given, row)) for row in rows[:, None].to(device)])
     squares = alone.square().sum(dim=1)
-    norms = squares[squares > 0].sqrt().tolist() or [1.0]
+    norms = squares[squares > squares.max() * _TOLD].sqrt().tolist() or [1.0]
     for cut in (min(norms) / 2, max(norms) * 2):  # by which all are clipped, and none
         found = clipped_sum(module, phase, batch, rows.numpy(), cut)
         wrong = torch.from_numpy(found) - (clip_factors(squares, cut) @ alone).cpu()
@@ -78,6 +81,16 @@ def _made_up(task: Task, shape: tuple[int, ...], device: torch.device) -> Batch:
     images = torch.sin(torch.arange(1.0, count * math.prod(shape) + 1).square()).reshape(count, *shape)
     text = torch.from_numpy(task.text_features)
     return Batch(images.to(device), (torch.arange(count) % classes).to(device), text.to(device), task.logit_scale)
+
+
+def _hard(module: nn.Module, phase: Phase, batch: Batch) -> Batch:
+    """`batch` with the labels that are lost most on: of a record that a model is sure of, the gradient is rounding."""
+    labels = torch.arange(min(_TRIED, max(1, int(batch.labels.max()) + 1)), device=batch.labels.device)
+    with torch.no_grad():
+        tried = [phase.loss(module, replace(batch, labels=label.expand_as(batch.labels))) for label in labels]
+    if any(losses.shape != batch.labels.shape for losses in tried):
+        return batch
+    return replace(batch, labels=labels[torch.stack(tried).nan_to_num().argmax(dim=0)])
 
 
 def _gradient(module: nn.Module, phase: Phase, batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
 """Which plans and models are trained with privacy: those whose numbers are of the size that methods are made for.
 
-That a unit moves a clipped sum by C at most does not lean on this (clipping.py): these bounds keep sums finite and what
-is released within single precision, and refuse early what could only be meant to do harm.
+That a unit moves a clipped sum by C at most does not lean on this (clipping.py): these bounds keep gradients within
+single precision, and refuse early what could only be meant to do harm.
 """
 
 from __future__ import annotations

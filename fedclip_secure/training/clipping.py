@@ -5,13 +5,14 @@ loss. One unit more or less moves the sum by at most C:
 
 1. What a unit adds follows from its own records alone, to the last bit. Where a method is linear layers, records share
    a pass that computes so (`exact.py`). Elsewhere each record has a pass of its own, to which nothing else of the batch
-   is given.
-2. Its norm is at most C(1 - 2⁻²⁰)(1 + 2⁻²⁶): the factor is found in float64, of norms that are right to 2⁻²⁷.
-3. The sum is rounded, in an order that depends on who is there. Sums of _ROWS terms come first, and then their sum.
-   By Higham 2002, section 3.1, that is off by at most (_ROWS + N/_ROWS) · 2⁻⁵³ times the sum of the terms' norms, in
-   whatever order; a unit's terms are at most 16 C together (`linear.py`), or C where it is one term. With
-   N <= MOST_RECORDS it is less than 2⁻²² C, and twice that, for the sums with the unit and without, less than what 2.
-   leaves.
+   is given. Which of the two it is follows from module and loss, and not from the batch.
+2. Its norm is at most C(1 - 2⁻²⁰)(1 + 2⁻²⁵): the factor is found in float64, of norms that are right to 2⁻²⁶.
+3. The sum is rounded, in an order that depends on who is there. Sums of at most _ROWS terms come first, of whole
+   units, and then their sum: of N records there are at most 2N/_ROWS + 1 such sums. By Higham 2002, section 3.1, the
+   whole is off by at most (_ROWS + 2N/_ROWS + 1) · 2⁻⁵³ times the sum of its terms' norms, in whatever order. A unit's
+   terms come to C, or to 16 C where it has several records (`linear.py`); neither N nor their sum, in C, may be above
+   MOST_TERMS. So each of the two sums, with the unit and without, is off by less than 2⁻²¹·⁴ C, and both together by
+   less than the 2⁻²⁰ - 2⁻²⁵ that 2. leaves.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fedclip_secure.methods.base import Batch, Phase
 from fedclip_secure.training.exact import UnknownOperationError
 from fedclip_secure.training.gradients import Integers, as_double, clip_factors
 from fedclip_secure.training.linear import (
+    MOST_CANCELLED,
     LayerGradients,
     Place,
     UnfitLayersError,
@@ -40,7 +42,7 @@ from fedclip_secure.training.linear import (
 from fedclip_secure.training.records import select
 from fedclip_secure.training.shared import parameters_like
 
-MOST_RECORDS = 1 << 17  # of one sum
+MOST_TERMS = 1 << 20  # of one sum
 _ROWS = 1024  # records in a micro-batch
 
 
@@ -60,13 +62,9 @@ def clipped_sum(
 
     Raises:
         ModelError: the gradient of one record cannot be told from that of the others.
-        DataError: more than MOST_RECORDS records.
+        DataError: more records than the argument reaches to.
     """
-    if len(units) > MOST_RECORDS:
-        raise DataError(
-            f"{len(units)} records fell into one step, and what rounding does to a sum is bounded for {MOST_RECORDS} "
-            "at most; ask the coordinator for a smaller privacy.sample_rate"
-        )
+    _check_terms(units)
     summing = _Summing(module, phase, batch, units, max_grad_norm)
     with _as_clipped(module, phase, batch):
         layers = _shared_layers(module, summing.parameters)
@@ -77,6 +75,17 @@ def clipped_sum(
                 pass
         check_layers(module)
         return summing.add_up_one_by_one()
+
+
+def _check_terms(units: Integers) -> None:
+    records = np.unique(units, return_counts=True)[1]
+    terms = max(len(units), int(np.where(records > 1, MOST_CANCELLED, 1).sum()))
+    if terms > MOST_TERMS:
+        raise DataError(
+            f"{len(units):,} records of {len(records):,} units fell into one step; what rounding does to their sum is "
+            f"bounded for {MOST_TERMS:,} records, and {MOST_TERMS // MOST_CANCELLED:,} units of several: train on "
+            "fewer, or ask the coordinator for a smaller privacy.sample_rate"
+        )
 
 
 def shared_pass(module: nn.Module, phase: Phase, batch: Batch) -> LayerGradients | None:
@@ -123,11 +132,18 @@ class _Summing:
         for rows, numbers in _micro_batches(self._units, _ROWS):
             part = self._select(rows)
             if len(rows) > _ROWS:
-                total += self._cut(self._of_one_unit(part, _ROWS))
+                total += self._cut(self._of_large_unit(part, layers))
             else:
                 gradients = layer_gradients(self._module, self._phase, layers, part)
                 total += gradients.clipped(numbers, self._max_grad_norm, self.size)
         return total.cpu().numpy()
+
+    def _of_large_unit(self, batch: Batch, layers: Sequence[Place]) -> Tensor:
+        """The summed gradient (d,) float64 of all of `batch`, _ROWS records at a time."""
+        summed = self._zeros()
+        for rows in torch.split(torch.arange(len(batch.labels), device=batch.labels.device), _ROWS):
+            summed += layer_gradients(self._module, self._phase, layers, select(batch, rows)).summed(self.size)
+        return summed
 
     def add_up_one_by_one(self) -> npt.NDArray[np.float64]:
         """The sum by a pass for each record alone.
@@ -139,7 +155,7 @@ class _Summing:
         for first in range(0, len(numbers), _ROWS):
             some = self._zeros()
             for unit in numbers[first : first + _ROWS]:
-                some += self._cut(self._of_one_unit(self._select(np.flatnonzero(self._units == unit)), 1))
+                some += self._cut(self._of_one_unit(self._select(np.flatnonzero(self._units == unit))))
             total += some
         return total.cpu().numpy()
 
@@ -150,12 +166,11 @@ class _Summing:
     def _select(self, rows: Integers) -> Batch:
         return select(self._batch, torch.from_numpy(rows).to(self._batch.labels.device))
 
-    def _of_one_unit(self, batch: Batch, most: int) -> Tensor:
-        """The summed gradient (d,) float64 of all of `batch`, `most` records at a time."""
-        parameters, rows = list(self.parameters.values()), torch.arange(len(batch.labels))
-        summed = self._zeros()
-        for piece in torch.split(rows, most):
-            losses = record_losses(self._module, self._phase, select(batch, piece.to(batch.labels.device)))
+    def _of_one_unit(self, batch: Batch) -> Tensor:
+        """The summed gradient (d,) float64 of all of `batch`, one record at a time."""
+        parameters, summed = list(self.parameters.values()), self._zeros()
+        for row in torch.arange(len(batch.labels), device=batch.labels.device)[:, None]:
+            losses = record_losses(self._module, self._phase, select(batch, row))
             found = torch.autograd.grad(losses.sum(), parameters, materialize_grads=True)
             summed += torch.cat([as_double(gradient).reshape(-1) for gradient in found])
         return summed

@@ -86,18 +86,16 @@ class PrivateTrainer:
         self._module = self._method.build(task, encoder).to(device).train()
         self._task, self._shape, self._device = task, features.taken.shape[1:], device
         self._check_records_apart()
+        self._checked = b""  # digest of the model that is loaded and was checked
         self._records = load_records(features, task, device)
         self._unit_of, self._units = _numbered(units)
         self.records = len(features)
 
-    def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
-        """One round from `received`: the update, trained minus received, (received.layout.size,) float64.
-
-        Every optimiser starts afresh, as the silo may have missed rounds.
+    def check(self, received: AdapterState) -> None:
+        """Load `received`, and refuse what is not trained with privacy. No record is touched.
 
         Raises:
-            ModelError: `received` is not of the plan's method or too large, or made to mix records; or training ran to
-                NaN or infinity.
+            ModelError: it is not of the plan's method, too large, or made to mix records.
         """
         check_bounded(received)
         load_shared(self._module, self._method.spec, received)
@@ -106,6 +104,20 @@ class PrivateTrainer:
             check_bounded(read_private(self._module, self._method.spec))
         self._method.begin_round(self._module)
         self._check_records_apart()
+        self._checked = received.digest
+
+    def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
+        """One round from `received`: the update, trained minus received, (received.layout.size,) float64.
+
+        Every optimiser starts afresh, as the silo may have missed rounds.
+
+        Raises:
+            ModelError: as `check`; or training ran to NaN or infinity.
+            DataError: a step has more records than rounding is bounded for.
+        """
+        if self._checked != received.digest:
+            self.check(received)
+        self._checked = b""  # the module is about to change
         steps = [(phase, self.make_optimizer(phase)) for phase in self._phases]
         for _ in range(self._privacy.steps_per_round):
             for phase, optimizer in steps:

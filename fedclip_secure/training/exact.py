@@ -7,7 +7,8 @@ each of them the place of a record makes no difference, whatever the library, th
 
 1. One operation of IEEE 754 for each element (section 5.4.1: addition, subtraction, multiplication, division, square
    root, comparison, conversion). Its result is the one double that is closest to the true value, however it is found.
-   No two of them are asked for at once, so none can be fused.
+   No two of them are asked for at once, so none can be fused. (A device may divide by a number of the program's own by
+   multiplying with its inverse: all elements alike.)
 2. A sum, or a product of matrices, in which nothing is ever rounded: its terms are rounded beforehand to whole
    multiples of one unit, so few that every partial sum is a whole number of units below 2⁵³, which a double holds. So
    all orders of adding up, and fused operations too, give the same. The unit follows from the largest term of the
@@ -30,13 +31,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-_DIGITS = 51  # bits of a sum in units; two fewer than a double's, for products found by sums of sums (Strassen 1969)
+_DIGITS = 51  # bits of a sum in units; two fewer than a double's, for a product found by sums of sums (Strassen 1969)
 _TERMS = 1024  # of one exact sum: more would leave each with few bits
 _EXPONENT = 0x7FF0000000000000  # of a double's bits
 _MANTISSA = 0x000FFFFFFFFFFFFF
-_SMALLEST = 2.0**-900  # of a row's largest term that is told from 0: units stay normal numbers
+_SMALLEST = 2.0**-900  # of a row's largest term: below it terms have fewer bits, and units stay normal numbers
 _LARGEST_EXP = 700.0  # e⁷⁰⁰ is a double, and so is its inverse
-_EXP_TERMS, _SQUARINGS = 6, 3  # of the series on |r| <= ln(2)/16: what is left out is below 2⁻⁴⁶
+_EXP_TERMS, _SQUARINGS = 6, 3  # of the series on |r| <= ln(2)/16: what is left out is below 2⁻⁴¹ of the result
 _LOG_TERMS = 11  # of the series on s <= 0.172: below 2⁻⁵³
 
 
@@ -59,8 +60,11 @@ class ExactArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     ) -> Any:
         """Do `func` in the way of its kind."""
         given = dict(kwargs or {})
-        if func in _SUMS:
-            return _SUMS[func](*args, **given)
+        if func in _SUMS and all(value.dtype == torch.float64 for value in args if isinstance(value, Tensor)):
+            try:
+                return _SUMS[func](*args, **given)
+            except TypeError as error:  # an argument that is not provided for
+                raise UnknownOperationError(f"{func}: {error}") from error
         if func in _PLAIN and _is_plain(func, args, given):
             return func(*args, **given)
         raise UnknownOperationError(str(func))
@@ -98,8 +102,9 @@ def total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """(R, K) float64 -> (R,)."""
-    return total(rows * rows, (1,))
+    """(R, K) float64 -> (R,). Of rows in units of their largest power of two: no small row becomes zero."""
+    scaled, unit = _scaled(rows)
+    return total(scaled * scaled, (1,)) * unit[:, 0] * unit[:, 0]
 
 
 def exp(values: Tensor) -> Tensor:
@@ -150,11 +155,20 @@ def _log2(count: int) -> int:
 
 
 def _in_units(values: Tensor, dims: Sequence[int], bits: int) -> tuple[Tensor, Tensor]:
-    """`values` as whole numbers below 2^bits of a unit, a power of two that the largest value over `dims` decides."""
-    largest = values.abs().amax(tuple(dims), keepdim=True)
-    power = (largest.view(torch.int64) & _EXPONENT).view(torch.float64)  # the largest power of two up to it
-    unit = power.clamp_(min=_SMALLEST) * 2.0 ** (1 - bits)
+    """`values` as whole numbers up to 2^bits of a unit, a power of two that the largest value over `dims` decides."""
+    unit = _power(values, dims) * 2.0 ** (1 - bits)
     return (values / unit).round_(), unit
+
+
+def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+    power = _power(rows, (1,))
+    return rows / power, power
+
+
+def _power(values: Tensor, dims: Sequence[int]) -> Tensor:
+    """The largest power of two up to the largest value over `dims`, at least _SMALLEST."""
+    largest = values.abs().amax(tuple(dims), keepdim=True)
+    return (largest.view(torch.int64) & _EXPONENT).view(torch.float64).clamp_(min=_SMALLEST)
 
 
 # The second kind: sums, and what is made of sums and series.
@@ -164,16 +178,18 @@ def _addmm(bias: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return matmul(first, second) + bias
 
 
-def _sum(values: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    return total(values if dtype is None else values.to(dtype), dim, keepdim)
+def _sum(values: Tensor, dim: Sequence[int] | None, keepdim: bool = False) -> Tensor:
+    if not dim:
+        raise UnknownOperationError("a sum over all dimensions")
+    return total(values, dim, keepdim)
 
 
-def _mean(values: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    return _sum(values, dim, keepdim, dtype=dtype) / math.prod(values.shape[one] for one in dim)
+def _mean(values: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    return _sum(values, dim, keepdim) / math.prod(values.shape[one] for one in dim)
 
 
 def _norm(values: Tensor, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
-    if order != 2 or dim is None:
+    if order != 2 or not dim:
         raise UnknownOperationError(f"a norm of order {order} over {dim}")
     return total(values * values, dim, keepdim).sqrt()
 

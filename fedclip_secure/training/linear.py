@@ -9,7 +9,9 @@ records' gradients is (g·g')(a·a' + 1), and a sum of scaled gradients is one p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from fedclip_secure.training.exact import ExactArithmetic, squared_norms
 from fedclip_secure.training.gradients import Integers, as_double, clip_factors
 from fedclip_secure.training.records import select
 
-_MOST_CANCELLED = 16.0  # how much shorter than its records' gradients together a unit's may count
+MOST_CANCELLED = 16  # how much shorter than its records' gradients together a unit's may count
 
 
 class UnfitLayersError(Exception):
@@ -91,14 +93,18 @@ class LayerGradients:
 
     layers: Sequence[Used]
 
+    def squares(self) -> Tensor:
+        """Squared norms of the records' gradients, (R,); layer by layer, so that no sum has an order of its own."""
+        return functools.reduce(operator.add, (layer.squares() for layer in self.layers))
+
     def clipped(self, units: Integers, max_grad_norm: float, size: int) -> Tensor:
-        """The sum (size,) float64 of the units' gradients, each cut to `max_grad_norm`. The gradients are used up.
+        """The sum (size,) float64 of the units' gradients, each cut to `max_grad_norm`.
 
         `units` (R,) numbers the unit of each record: 0, 0, 1, .., rising. A unit with a value that is not finite
         adds nothing.
         """
         groups = torch.from_numpy(units).to(self.layers[0].inputs.device)
-        squares = torch.stack([layer.squares() for layer in self.layers]).sum(dim=0)
+        squares = self.squares()
         self._drop_not_finite(squares, groups)
         if int(units[-1]) + 1 < len(units):
             squares = self._of_units(squares, groups)
@@ -108,10 +114,17 @@ class LayerGradients:
             layer.write_sum(factors, found)
         return found
 
+    def summed(self, size: int) -> Tensor:
+        """The sum (size,) float64 of all of them, uncut."""
+        found = torch.empty(size, dtype=torch.float64, device=self.layers[0].inputs.device)
+        for layer in self.layers:
+            layer.write_sum(torch.ones_like(layer.gradients[:, 0]), found)
+        return found
+
     def equals(self, other: LayerGradients, rows: Tensor) -> bool:
         """Whether these are the gradients that `other` has at `rows`, to the last bit."""
         pairs = zip(self.layers, other.layers, strict=True)
-        return all(
+        return torch.equal(self.squares(), other.squares()[rows]) and all(
             torch.equal(mine.inputs, its.inputs[rows]) and torch.equal(mine.gradients, its.gradients[rows])
             for mine, its in pairs
         )
@@ -124,7 +137,7 @@ class LayerGradients:
                 values[bad] = 0
 
     def _of_units(self, squares: Tensor, groups: Tensor) -> Tensor:
-        """The units' squared norms, (U,), from those of their records, (R,); at least 1/16² of their lengths'.
+        """The units' squared norms, (U,), from those of their records, (R,); at least (the sum of their norms / 16)².
 
         Where gradients of one unit cancel, little is left to go by: the error of a dot product of n terms is at most
         n · 2⁻⁵³ times the product of the norms (Higham 2002, section 3.1), and so may be large beside the norm of the
@@ -140,7 +153,7 @@ class LayerGradients:
         if len(squares) == 1:
             return squares[0]
         whole = torch.stack([layer.square_of_sum(rows) for layer in self.layers]).sum()
-        return torch.maximum(whole, (squares.sqrt().sum() / _MOST_CANCELLED).square())
+        return torch.maximum(whole, (squares.sqrt().sum() / MOST_CANCELLED).square())
 
 
 def layer_gradients(module: nn.Module, phase: Phase, places: Sequence[Place], batch: Batch) -> LayerGradients:
@@ -150,8 +163,9 @@ def layer_gradients(module: nn.Module, phase: Phase, places: Sequence[Place], ba
         UnfitLayersError, UnknownOperationError: they must be found in another way.
         ModelError: the loss does not give one value for each record.
     """
-    with torch.no_grad():  # a layer that sees as many prompts as there are records here sees more than this one
-        _watched(module, phase, places, select(batch, torch.zeros(1, dtype=torch.int64)))
+    with torch.no_grad():  # what sees one row, or as many prompts as there are records here, does not see these as well
+        for count in (1, 2):
+            _watched(module, phase, places, select(batch, torch.zeros(count, dtype=torch.int64)))
     with in_double(module), ExactArithmetic():
         losses, seen = _watched(module, phase, places, doubled(batch))
         outputs = [seen[place.layer][1] for place in places]

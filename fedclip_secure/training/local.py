@@ -67,6 +67,9 @@ class LocalTrainer:
         self._private_state = PrivateState() if private_state is None else private_state
         self._loaded = load_records(train, task, device)
 
+    def check(self, received: AdapterState) -> None:
+        """Nothing is refused here that `train` does not find."""
+
     def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
         """One round from `received`: the update, trained minus received, (received.layout.size,) float64.
 

@@ -225,6 +225,9 @@ class SteadyTrainer:
         integers = (np.arange(parameters, dtype=np.int32) % 1000 + 1) * (101 + index) * (-1) ** index
         return cls(2 ** (index % 4 + 3), integers)
 
+    def check(self, received: AdapterState) -> None:
+        """Nothing is refused."""
+
     def train(self, received: AdapterState) -> np.ndarray[Any, np.dtype[np.float64]]:
         return self.integers.astype(np.float64) * STEP * MAX_WEIGHT / self.records
 

@@ -228,6 +228,9 @@ class MoodyTrainer:
         self._parameters, self._random = parameters, np.random.default_rng()
         self.records = 2 ** int(self._random.integers(3, 10))  # a power of two, so that the update is exact
 
+    def check(self, received: AdapterState) -> None:
+        """Nothing is refused."""
+
     def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
         integers = self._random.integers(-1000, 1000, self._parameters)
         update: npt.NDArray[np.float64] = integers * (STEP * MAX_WEIGHT / self.records)

@@ -58,6 +58,9 @@ class FixedTrainer:
     trained: list[bytes] = field(default_factory=list)  # digests of the models it started from
     validated: list[bytes] = field(default_factory=list)
 
+    def check(self, received: AdapterState) -> None:
+        """Nothing is refused."""
+
     def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
         self.trained.append(received.digest)
         return np.full(self.parameters, self.update)

@@ -79,7 +79,7 @@ def test_no_unit_moves_the_sum_by_more_than_the_norm_however_large_its_gradient(
     for unit in range(4):
         kept = units != unit
         rest = clipped_sum(module, scaled(phase, factor), select(batch, kept), units[kept], 0.7)
-        assert np.linalg.norm(whole - rest) <= 0.7 * (1 + 1e-5)
+        assert np.linalg.norm(whole - rest) <= 0.7
         alone = clipped_sum(module, scaled(phase, factor), select(batch, ~kept), units[~kept], 0.7)
         assert np.linalg.norm(alone) <= 0.7 * (1 + 1e-12)
         if factor > 1:
@@ -169,7 +169,7 @@ def test_only_the_phases_parameters_are_summed_and_all_is_left_as_it_was() -> No
     assert not any(layer._forward_hooks for layer in module.modules())
 
 
-def test_layer_used_twice_is_summed_by_opacus() -> None:
+def test_layer_used_twice_is_summed_record_by_record() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -183,10 +183,9 @@ def test_layer_used_twice_is_summed_by_opacus() -> None:
     found = clipped_sum(module, phase, batch, units, 0.5)
     expected = by_loop(module, phase, batch, units, 0.5)
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
-    assert all(not hasattr(value, "grad_sample") for value in module.parameters())
 
 
-def test_linear_layers_need_no_opacus() -> None:
+def test_clipped_sums_need_no_opacus() -> None:
     code = (
         "import sys, numpy as np, torch\n"
         "from fedclip_secure.methods.base import Batch, Phase\n"
@@ -297,7 +296,7 @@ def test_what_a_unit_adds_does_not_depend_on_how_many_records_others_have(max_gr
     labels, units = torch.tensor([0, 1] * 512), np.repeat(np.arange(1, 513), 2)
     more = torch.cat([torch.ones(512, dtype=torch.long), labels])
     added = total(more, np.concatenate([np.zeros(512, np.int64), units])) - total(labels, units)
-    assert np.linalg.norm(added) <= max_grad_norm * (1 + 1e-5)
+    assert np.linalg.norm(added) <= max_grad_norm
 
 
 @pytest.mark.parametrize("count", range(1, 40))
@@ -316,4 +315,4 @@ def test_a_record_adds_the_same_to_the_last_bit_whatever_the_size_of_its_batch(c
 
     one = total(slice(0, 1))
     among = total(slice(0, count + 1)) - total(slice(1, count + 1))
-    assert np.linalg.norm(among - one) <= 1e-5
+    assert np.linalg.norm(among - one) <= 1e-12

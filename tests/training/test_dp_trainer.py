@@ -249,6 +249,25 @@ def test_batch_norm_is_refused_with_or_without_parameters(affine: bool) -> None:
         check_records_apart(module, Phase(("*",), plain_loss), make_task(), (DIM,), CPU)
 
 
+@pytest.mark.parametrize("name", ["linear_probe", "fedclip", "feddat"])
+@pytest.mark.parametrize("width", [32, 128])
+def test_model_that_is_sure_of_its_records_is_not_refused(name: str, width: int) -> None:
+    method = find_method(MethodPlan(name=name))
+    for seed in range(20):
+        text = np.random.default_rng(seed).normal(size=(2, width)).astype(np.float32)
+        task = Task(("a", "b"), text / np.linalg.norm(text, axis=1, keepdims=True), 100.0)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module = method.build(task).train()
+        for size in (0.0, 3.0):
+            with torch.no_grad():
+                for value in module.parameters():
+                    value.add_(size * torch.sin(torch.arange(float(value.numel())).square()).reshape(value.shape))
+            method.begin_round(module)
+            for phase in method.phases():
+                check_records_apart(module, phase, task, (width,), CPU)
+
+
 class Aside(nn.Module):
     """A layer whose weight is used past it too, or only there."""
 

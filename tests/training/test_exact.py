@@ -115,6 +115,11 @@ def test_exponentials_end_where_doubles_do_and_numbers_that_are_none_stay_so() -
     assert bool(torch.isnan(exact.log(ends)[5]))
 
 
+def test_no_small_row_has_a_norm_of_zero() -> None:
+    tiny = torch.full((2, 5), 2.0**-500, dtype=torch.float64)
+    assert bool((exact.squared_norms(tiny) == 5 * 2.0**-1000).all())
+
+
 def test_value_that_is_not_finite_spoils_its_own_row_alone() -> None:
     values = rows_of(5, 40)
     plain = {name: exactly(operation, values) for name, operation in OPERATIONS.items() if name != "mean"}
@@ -146,6 +151,10 @@ def test_gradients_are_those_of_float64() -> None:
     "operation",
     [
         lambda rows: rows.sum(),  # over all records
+        lambda rows: rows.sum(dim=[]),
+        lambda rows: rows.float().softmax(dim=1),  # in single precision
+        lambda rows: rows.sum(dim=1, dtype=torch.float32),
+        lambda rows: (rows > 0).sum(dim=1),
         lambda rows: rows.unsqueeze(0).matmul(rows.unsqueeze(0).transpose(1, 2)),
         functional.gelu,
         lambda rows: rows.cumsum(dim=1),
