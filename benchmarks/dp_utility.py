@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from fedclip_secure.training.dp import PrivateTrainer
 from fedclip_secure.training.evaluate import evaluate
 from fedclip_secure.training.inputs import Inputs, load_inputs
 from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.prepare import prepare
+from fedclip_secure.training.prepare import Prepared, prepare
 from fedclip_secure.training.units import unit_ids
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0, float("inf"))
@@ -48,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "linear_probe": {"optimizer": {"name": "adam", "lr": 3e-3}, "rounds": ROUNDS, "privacy": (1.0, 2, 1.0, 300.0)},
     "private_prototypes": {"optimizer": {"name": "sgd", "lr": 1.0}, "rounds": 1, "privacy": (1.0, 1, 1.0, 5.0)},
 }
+SHIPPED = {"name": "fedclip-tiny", "pretrained": "shipped"}
 _BATCH = 32  # records, without privacy
 _CPU = torch.device("cpu")
 _DATA = os.environ.get("FEDCLIP_PACS_MINI", str(Path(__file__).parents[2] / "shared/data/pacs-mini"))
@@ -63,13 +65,13 @@ class Sites:
     unseen: FeatureSet
 
 
-def plan_of(scene: Scene, method: str, epsilon: float, seed: int) -> FederationPlan:
+def plan_of(scene: Scene, method: str, epsilon: float, seed: int, model: Mapping[str, Any] = SHIPPED) -> FederationPlan:
     """A plan as a coordinator would write it."""
     given = METHODS[method]
     plan: dict[str, Any] = {
         "federation": "utility",
         "server": "https://localhost",
-        "model": {"name": "fedclip-tiny", "pretrained": "shipped"},
+        "model": dict(model),
         "classes": scene.classes,
         "templates": [scene.template],
         "splits": {"train": 0.8, "validation": 0.0, "test": 0.2},
@@ -101,14 +103,19 @@ def sites_of(folder: Path, data: Path | None, unseen: str, seed: int) -> Sites:
         images = FolderData(format="folder", path=str(site.images), absent_classes=scene.absent(site))
         config = SiloConfig(name=site.silo, data=images, workdir=str(folder / "work"), device="cpu")
         found.append(load_inputs(config, contract, lambda *_: None))
-    parts = list(found[-1].splits.values())
-    whole = FeatureSet(
+    return Sites(scene, found[0].task, found[:-1], joined(list(found[-1].splits.values())))
+
+
+def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
+    """All records of `parts`; those of image files keep the ids of their bytes."""
+    ids = [part.record_ids for part in parts]
+    return FeatureSet(
         np.concatenate([part.image_features for part in parts]),
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.unit_ids for part in parts]),
         parts[0].source,
+        None if any(one is None for one in ids) else np.concatenate([one for one in ids if one is not None]),
     )
-    return Sites(scene, found[0].task, found[:-1], whole)
 
 
 def accuracy(plan: FederationPlan, sites: Sites, state: AdapterState) -> tuple[float, float, float, float]:
@@ -122,9 +129,8 @@ def accuracy(plan: FederationPlan, sites: Sites, state: AdapterState) -> tuple[f
     return tuple(100 * share for share in shares)  # type: ignore[return-value]
 
 
-def federated(sites: Sites, plan: FederationPlan, folder: Path) -> AdapterState:
+def federated(sites: Sites, plan: FederationPlan, prepared: Prepared) -> AdapterState:
     """The model after the plan's rounds: each moves it by the mean of the silos' updates."""
-    prepared = prepare(plan, folder)
     layout = Layout(tuple((entry.name, tuple(entry.shape)) for entry in prepared.lock.layout))
     state = AdapterState.from_safetensors(prepared.initial_file, layout, "initial")
     trainers = [trainer_of(plan, prepared.lock.noise_multiplier, sites.task, inputs) for inputs in sites.training]
@@ -154,7 +160,7 @@ def table(name: str, data: Path | None, unseen: str, seeds: int) -> dict[str, An
             for method in METHODS:
                 for epsilon in EPSILONS:
                     plan = plan_of(sites.scene, method, epsilon, seed)
-                    found = accuracy(plan, sites, federated(sites, plan, Path(folder)))
+                    found = accuracy(plan, sites, federated(sites, plan, prepare(plan, Path(folder))))
                     rows.setdefault((method, epsilon), []).append(found)
             print(f"{name}: seed {seed} done", file=sys.stderr)
     return {"name": name, "unseen": unseen, "units": (min(counts), max(counts)), "rows": rows}
