@@ -77,7 +77,7 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
     single precision keeps of a sum of such length. Products of more terms are made of several, added one by one.
     """
     if first.shape[1] > _TERMS:
-        pairs = zip(first.split(_TERMS, dim=1), second.split(_TERMS, dim=0), strict=True)
+        pairs = zip(torch.split(first, _TERMS, dim=1), torch.split(second, _TERMS, dim=0), strict=True)
         return _added(matmul(left, right) for left, right in pairs)
     bits = (_DIGITS - _log2(first.shape[1])) // 2
     left, unit_left = _in_units(first, (1,), bits)
@@ -95,7 +95,7 @@ def total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
         return values.sum(dims, keepdim)
     for dim in dims:
         if values.shape[dim] > _TERMS:
-            return _added(total(part, dims, keepdim) for part in values.split(_TERMS, dim))
+            return _added(total(part, dims, keepdim) for part in torch.split(values, _TERMS, dim))
     whole, unit = _in_units(values, dims, _DIGITS - _log2(math.prod(values.shape[dim] for dim in dims)))
     summed = whole.sum(dims, keepdim=True) * unit
     return summed if keepdim else summed.sum(dims)  # over one element each
