@@ -248,7 +248,7 @@ EDITS: dict[str, tuple[str, Callable[[Body, Site], None]]] = {
     "an older clock": ("run", put("at", 5)),
     "a claim of its own": ("schema", put("guarantee", "full")),
     "an unknown version": ("schema", put("version", 3)),
-    "the version that called it tested": ("wording", put("version", 1)),
+    "the version that called it tested": ("ledger", put("version", 1)),
 }
 
 
