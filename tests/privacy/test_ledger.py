@@ -257,7 +257,7 @@ def test_what_an_unfinished_run_may_still_cost_is_kept_for_it(books: Books) -> N
     run = ledger.open_run(terms(plan=1, max_retrains=0), units(range(3, 9)), cap)
     assert run.left_out == 0
     assert ledger.open_run(wanted, units(range(9)), cap).admitted == {*units([0, 1, 2, 5, 6, 7, 8])}
-    said = refused(ledger, PolicyError, "nothing is spent yet", terms(plan=4), units([3, 4]), cap)
+    said = refused(ledger, PolicyError, "for a unit that has spent nothing", terms(plan=4), units([3, 4]), cap)
     held = cap.epsilon_of(7 * cap.cost((ONE,)))
     assert (
         f"unfinished runs hold what may bring it to ε {held:.4g} (pets at lab-a: 4 round(s), pets at lab-a: 3" in said
@@ -449,7 +449,7 @@ def refused(ledger: Ledger, kind: type[FedClipError], said: str, *arguments: obj
 
 def test_plan_that_does_not_fit_a_fresh_unit_is_refused_with_what_would(books: Books) -> None:
     ledger, cap = books.open(), cap_for(3.5)
-    said = refused(ledger, PolicyError, "nothing is spent yet", TERMS, SOME, cap)
+    said = refused(ledger, PolicyError, "for a unit that has spent nothing", TERMS, SOME, cap)
     assert "plan's 4 rounds (retrains included)" in said
     assert "3 such rounds would fit" in said
     sigma = cap.sigma_that_fits(0.0, TERMS.total())
