@@ -229,12 +229,16 @@ def markdown(found: Found) -> str:
 
 
 def gaps(found: Sequence[Found]) -> str:
-    """What each epsilon took from the smaller half of the classes minus what it took from the larger, in points."""
+    """What each epsilon took from the smaller half of the classes minus what it took from the larger, in points.
+
+    Mean, smallest and largest over the runs, and in how many of them the smaller half lost more.
+    """
     said = [f"{arm} {against}" for against in ("against no noise", "against no privacy") for arm in NOISY]
     lines = [f"| data, method | {' | '.join(said)} |", "|" + " --- |" * (1 + len(said))]
     for one in found:
         for method in METHODS:
-            cells = [_span(gap(one, method, arm, base)) for base in (NO_NOISE, NO_PRIVACY) for arm in NOISY]
+            of_runs = [gap(one, method, arm, base) for base in (NO_NOISE, NO_PRIVACY) for arm in NOISY]
+            cells = [f"{_span(points)}, {(points > 0).sum()} of {len(points)}" for points in of_runs]
             lines.append(f"| {one.name}, {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
