@@ -6,7 +6,7 @@ each counts. All use the plan's Adam, and none loads a batch from disk.
 
 - Plain: torch alone - zero the gradients, forward, mean loss, backward, optimiser.
 - Ours: `PrivateTrainer.step`, all of what a silo runs in a step: membership and noise from AES-256-CTR keyed by the
-  operating system, the batch gathered from all records, gradients and clipped sums in exact float64 (exact.py), the
+  operating system, the batch gathered from all records, gradients in exact arithmetic (exact.py), sums in float64, the
   grid, the optimiser. The sample rate is 1, so that batches are of one size.
 - Opacus hooks: GradSampleModule and DPOptimizer, with Opacus's own noise (torch's generator, float32).
 - Opacus ghost: its fast gradient clipping of two backward passes, with the same noise.

@@ -13,8 +13,9 @@ from fedclip_secure.data.dataset import Task
 from fedclip_secure.errors import ModelError
 from fedclip_secure.methods.base import Batch, Phase
 from fedclip_secure.training.clipping import check_layers, clipped_sum, shared_pass
+from fedclip_secure.training.exact import ExactArithmetic
 from fedclip_secure.training.gradients import as_double, clip_factors
-from fedclip_secure.training.linear import LayerGradients, doubled, in_double
+from fedclip_secure.training.linear import LayerGradients
 from fedclip_secure.training.records import select
 from fedclip_secure.training.shared import parameters_like
 
@@ -44,9 +45,7 @@ def check_records_apart(
     shared = shared_pass(module, phase, batch)
     if shared is not None:
         _check_bits(module, phase, batch, shared)
-    with nullcontext() if shared is None else in_double(module):  # as the pass computes
-        given = batch if shared is None else doubled(batch)
-        alone = torch.stack([_gradient(module, phase, select(given, row)) for row in rows[:, None].to(device)])
+    alone = torch.stack([_gradient(module, phase, select(batch, row), shared) for row in rows[:, None].to(device)])
     squares = alone.square().sum(dim=1)
     norms = squares[squares > squares.max() * _TOLD].sqrt().tolist() or [1.0]
     for cut in (min(norms) / 2, max(norms) * 2):  # by which all are clipped, and none
@@ -93,7 +92,10 @@ def _hard(module: nn.Module, phase: Phase, batch: Batch) -> Batch:
     return replace(batch, labels=labels[torch.stack(tried).nan_to_num().argmax(dim=0)])
 
 
-def _gradient(module: nn.Module, phase: Phase, batch: Batch) -> Tensor:
+def _gradient(module: nn.Module, phase: Phase, batch: Batch, shared: LayerGradients | None) -> Tensor:
+    """By autograd, in the arithmetic of the pass."""
     parameters = list(parameters_like(module, phase.parameters).values())
-    found = torch.autograd.grad(phase.loss(module, batch).sum(), parameters, materialize_grads=True)
+    with nullcontext() if shared is None else ExactArithmetic():
+        losses = phase.loss(module, batch)
+        found = torch.autograd.grad(losses, parameters, torch.ones_like(losses), materialize_grads=True)
     return torch.cat([as_double(gradient).reshape(-1) for gradient in found])

@@ -6,23 +6,25 @@ grow into whole gradients, which no clipping bounds. Here every operation on a b
 each of them the place of a record makes no difference, whatever the library, the device and its threads:
 
 1. One operation of IEEE 754 for each element (section 5.4.1: addition, subtraction, multiplication, division, square
-   root, comparison, conversion). Its result is the one double that is closest to the true value, however it is found.
-   No two of them are asked for at once, so none can be fused. (A device may divide by a number of the program's own by
-   multiplying with its inverse: all elements alike.)
-2. A sum, or a product of matrices, in which nothing is ever rounded: its terms are rounded beforehand to whole
-   multiples of one unit, so few that every partial sum is a whole number of units below 2⁵³, which a double holds. So
-   all orders of adding up, and fused operations too, give the same. The unit follows from the largest term of the
-   row (of the column, of the second factor) itself. This is how Demmel & Nguyen 2015 (IEEE Trans. Computers 64:7) and
-   Ozaki et al. 2012 (Numerical Algorithms 59) make sums reproducible.
+   root, comparison, conversion). Its result is the one number of its format that is closest to the true value, however
+   it is found. No two of them are asked for at once, so none can be fused. (A device may divide by a number of the
+   program's own by multiplying with its inverse: all elements alike.)
+2. A sum, or a product of matrices, in which nothing is ever rounded: its terms, in double precision, are rounded
+   beforehand to whole multiples of one unit, so few that every partial sum is a whole number of units below 2⁵³, which
+   a double holds. So all orders of adding up, and fused operations too, give the same. The unit follows from the
+   largest term of the row (of the column, of the second factor) itself. This is how Demmel & Nguyen 2015 (IEEE Trans.
+   Computers 64:7) and Ozaki et al. 2012 (Numerical Algorithms 59) make sums reproducible. Its result is rounded once.
 3. A selection, a copy, a change of shape.
 
-exp, log and tanh are made of these, by their series. What is not in the tables below is refused: the engine then
-gives each record a pass of its own.
+exp, log and tanh are made of these, by their series. Between the sums all is in single precision, as the methods train
+without privacy. What is not in the tables below is refused: the engine then gives each record a pass of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,12 +35,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _aten = torch.ops.aten
 _DIGITS = 51  # bits of a sum in units; two fewer than a double's, for a product found by sums of sums (Strassen 1969)
 _TERMS = 1024  # of one exact sum: more would leave each with few bits
-_EXPONENT = 0x7FF0000000000000  # of a double's bits
-_MANTISSA = 0x000FFFFFFFFFFFFF
-_SMALLEST = 2.0**-900  # of a row's largest term: below it terms have fewer bits, and units stay normal numbers
-_LARGEST_EXP = 700.0  # e⁷⁰⁰ is a double, and so is its inverse
-_EXP_TERMS, _SQUARINGS = 6, 3  # of the series on |r| <= ln(2)/16: what is left out is below 2⁻⁴¹ of the result
-_LOG_TERMS = 11  # of the series on s <= 0.172: below 2⁻⁵³
+_ROUND = 1.5 * 2.0**52  # added to a number of units and taken off again, it leaves whole ones (up to 2⁵¹ of them)
+# Whole numbers of this size, the bits of an exponent, and what a row's largest term counts as at least: from there on
+# a unit, and the product of two, is a normal number.
+_FORMATS = {
+    torch.float32: (torch.int32, 0x7F800000, 2.0**-126),
+    torch.float64: (torch.int64, 0x7FF0000000000000, 2.0**-450),
+}
+_LARGEST_EXP = 87.0  # e⁸⁷ is a single, and its inverse a normal one
+_LN2, _LN2_REST = 355 / 512, math.log(2) - 355 / 512  # whole numbers of the former, up to 2¹⁴, are exact
+_EXP_TERMS = 6  # of the series on |r| <= ln(2)/2: what is left out is below 2⁻²³ of the result
+_LOG_TERMS = 5  # of the series on s <= 0.172: below 2⁻²⁸
 
 
 class UnknownOperationError(Exception):
@@ -46,7 +53,7 @@ class UnknownOperationError(Exception):
 
 
 class ExactArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
-    """While it is entered, torch computes as this module says: all in float64, and forward as backward.
+    """While it is entered, torch computes as this module says, forward as backward.
 
     Raises:
         UnknownOperationError: an operation is none of the three kinds.
@@ -60,9 +67,13 @@ class ExactArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     ) -> Any:
         """Do `func` in the way of its kind."""
         given = dict(kwargs or {})
-        if func in _SUMS and all(value.dtype == torch.float64 for value in args if isinstance(value, Tensor)):
+        kinds = {value.dtype for value in args if isinstance(value, Tensor)}
+        work = _SUMS.get(func) if kinds <= _FORMATS.keys() else None
+        if kinds == {torch.float32}:
+            work = _SERIES.get(func, work)
+        if work is not None:
             try:
-                return _SUMS[func](*args, **given)
+                return work(*args, **given)
             except TypeError as error:  # an argument that is not provided for
                 raise UnknownOperationError(f"{func}: {error}") from error
         if func in _PLAIN and _is_plain(func, args, given):
@@ -71,104 +82,99 @@ class ExactArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
 
 def matmul(first: Tensor, second: Tensor) -> Tensor:
-    """first (M, K) · second (K, N), float64: each element follows from its row and its column alone.
+    """first (M, K) · second (K, N), of one format: each element follows from its row and its column alone.
 
     Rows and columns are rounded to (51 - log2 K)/2 bits of their largest element: 21 at K = 512, which is what
     single precision keeps of a sum of such length. Products of more terms are made of several, added one by one.
     """
-    if first.shape[1] > _TERMS:
-        pairs = zip(torch.split(first, _TERMS, dim=1), torch.split(second, _TERMS, dim=0), strict=True)
-        return _added(matmul(left, right) for left, right in pairs)
-    bits = (_DIGITS - _log2(first.shape[1])) // 2
-    left, unit_left = _in_units(first, (1,), bits)
-    right, unit_right = _in_units(second, (0,), bits)
-    return torch.mm(left, right) * unit_left * unit_right
+    pairs = zip(torch.split(first, _TERMS, dim=1), torch.split(second, _TERMS, dim=0), strict=True)
+    return _added(_product(left, right) for left, right in pairs)
 
 
 def total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
-    """The sum of float64 `values` over `dims`, of terms rounded to 51 - log2 n bits of the largest of the n.
-
-    Over one dimension that is off by less than 2⁻³⁰ of the sum of their sizes: more than _TERMS are added in parts.
-    """
-    dims = [dim % values.dim() for dim in dims]
-    if not values.numel():
-        return values.sum(dims, keepdim)
-    for dim in dims:
-        if values.shape[dim] > _TERMS:
-            return _added(total(part, dims, keepdim) for part in torch.split(values, _TERMS, dim))
-    whole, unit = _in_units(values, dims, _DIGITS - _log2(math.prod(values.shape[dim] for dim in dims)))
-    summed = whole.sum(dims, keepdim=True) * unit
-    return summed if keepdim else summed.sum(dims)  # over one element each
+    """The sum of `values` over `dims`, of terms rounded to 51 - log2 n bits of the largest of the n."""
+    return _total(values, [dim % values.dim() for dim in dims], keepdim).to(values.dtype)
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """(R, K) float64 -> (R,). Of rows in units of their largest power of two: no small row becomes zero."""
-    scaled, unit = _scaled(rows)
-    return total(scaled * scaled, (1,)) * unit[:, 0] * unit[:, 0]
+    """(R, K) float32 -> (R,) float64, off by less than 2⁻³⁰ of itself: squares of singles are doubles."""
+    return _total(rows.double().square_(), [1])
 
 
 def exp(values: Tensor) -> Tensor:
-    """e to the power of float64 `values`, which count as ±700 beyond that."""
-    limited = values.clamp(-_LARGEST_EXP, _LARGEST_EXP)
-    power = (limited * (1 / math.log(2))).round_()
-    rest = limited.sub_(power * math.log(2)).mul_(0.5**_SQUARINGS)
-    series = rest * (1 / math.factorial(_EXP_TERMS))
-    for term in range(_EXP_TERMS - 1, 0, -1):
-        series.add_(1 / math.factorial(term)).mul_(rest)
-    series.add_(1)
-    for _ in range(_SQUARINGS):
-        series.mul_(series)
-    return series.mul_(((power.nan_to_num_().to(torch.int64) + 1023) << 52).view(torch.float64))
+    """e to the power of float32 `values`, which count as ±87 beyond that."""
+    rest, power = _exp_parts(values)
+    return rest.mul_(power).add_(power)
 
 
 def log(values: Tensor) -> Tensor:
-    """The natural logarithm of float64 `values` above 0 (normal numbers)."""
-    bits = values.contiguous().view(torch.int64)
-    exponent = (bits >> 52) - 1023
-    mantissa = ((bits & _MANTISSA) | (1023 << 52)).view(torch.float64)  # in [1, 2)
-    large = mantissa > math.sqrt(2)
-    mantissa = torch.where(large, mantissa * 0.5, mantissa)
+    """The natural logarithm of float32 `values` above 0 (normal numbers)."""
+    mantissa, exponent = torch.frexp(values)  # in [0.5, 1)
+    small = mantissa < math.sqrt(0.5)
+    mantissa = torch.where(small, mantissa * 2, mantissa)
     quotient = (mantissa - 1) / (mantissa + 1)
     square, series = quotient * quotient, torch.zeros_like(quotient)
     for term in range(_LOG_TERMS - 1, -1, -1):
-        series.mul_(square).add_(1 / (2 * term + 1))
-    found = (exponent + large).to(torch.float64) * math.log(2) + 2 * quotient * series
+        series.mul_(square).add_(2 / (2 * term + 1))
+    power = exponent.float() - small.float()
+    found = power * _LN2 + (quotient * series + power * _LN2_REST)
     return torch.where(torch.isfinite(values), found, values)
 
 
 def tanh(values: Tensor) -> Tensor:
-    """By e^(-2|x|)."""
-    small = exp(values.abs() * -2)
-    return (1 - small) / (1 + small) * values.sign()
+    """By e^(-2|x|) - 1."""
+    rest, power = _exp_parts(values.abs() * -2)
+    less = rest.mul_(power).add_(power - 1)
+    return less / (-2 - less) * values.sign()
+
+
+def _exp_parts(values: Tensor) -> tuple[Tensor, Tensor]:
+    """eʳ - 1 and 2ᵏ, with e^x = 2ᵏ eʳ."""
+    limited = values.clamp(-_LARGEST_EXP, _LARGEST_EXP)
+    power = (limited * (1 / math.log(2))).round_()
+    rest = limited.sub_(power * _LN2).sub_(power * _LN2_REST)
+    series = rest * (1 / math.factorial(_EXP_TERMS))
+    for term in range(_EXP_TERMS - 1, 0, -1):
+        series.add_(1 / math.factorial(term)).mul_(rest)
+    bits = power.nan_to_num_().add_(127).mul_(2.0**23)  # of a single with this exponent
+    return series, bits.to(torch.int32).view(torch.float32)
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    bits = (_DIGITS - _log2(first.shape[1])) // 2
+    return torch.mm(_rounded(first, (1,), bits), _rounded(second, (0,), bits)).to(first.dtype)
+
+
+def _total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
+    """The sum in float64; of more than _TERMS, parts are added."""
+    if not values.numel():
+        return values.double().sum(dims, keepdim)
+    for dim in dims:
+        if values.shape[dim] > _TERMS:
+            return _added(_total(part, dims, keepdim) for part in torch.split(values, _TERMS, dim))
+    count = math.prod(values.shape[dim] for dim in dims)
+    return _rounded(values, dims, _DIGITS - _log2(count)).sum(dims, keepdim)
 
 
 def _added(parts: Iterator[Tensor]) -> Tensor:
     """Their sum, one operation for each element after the other."""
-    found = next(parts)
-    for part in parts:
-        found = found + part
-    return found
+    return functools.reduce(operator.add, parts)
 
 
 def _log2(count: int) -> int:
     return max(0, count - 1).bit_length()
 
 
-def _in_units(values: Tensor, dims: Sequence[int], bits: int) -> tuple[Tensor, Tensor]:
-    """`values` as whole numbers up to 2^bits of a unit, a power of two that the largest value over `dims` decides."""
-    unit = _power(values, dims) * 2.0 ** (1 - bits)
-    return (values / unit).round_(), unit
+def _rounded(values: Tensor, dims: Sequence[int], bits: int) -> Tensor:
+    """`values` in float64, rounded to whole units: at most 2^bits of them.
 
-
-def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    power = _power(rows, (1,))
-    return rows / power, power
-
-
-def _power(values: Tensor, dims: Sequence[int]) -> Tensor:
-    """The largest power of two up to the largest value over `dims`, at least _SMALLEST."""
+    The unit is a power of two that the largest value over `dims` decides.
+    """
+    whole, mask, smallest = _FORMATS[values.dtype]
     largest = values.abs().amax(tuple(dims), keepdim=True)
-    return (largest.view(torch.int64) & _EXPONENT).view(torch.float64).clamp_(min=_SMALLEST)
+    power = (largest.view(whole) & mask).view(values.dtype).clamp_(min=smallest)  # of two, up to the largest
+    shift = power.double() * (_ROUND * 2.0 ** (1 - bits))
+    return (values.double() + shift).sub_(shift)
 
 
 # The second kind: sums, and what is made of sums and series.
@@ -191,7 +197,8 @@ def _mean(values: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
 def _norm(values: Tensor, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
     if order != 2 or not dim:
         raise UnknownOperationError(f"a norm of order {order} over {dim}")
-    return total(values * values, dim, keepdim).sqrt()
+    squares = values.to(torch.float64, copy=True).square_()
+    return _total(squares, [one % values.dim() for one in dim], keepdim).sqrt_().to(values.dtype)
 
 
 def _softmax(values: Tensor, dim: int, half_to_float: bool) -> Tensor:  # noqa: ARG001 - torch's signature
@@ -222,6 +229,8 @@ _SUMS: dict[Any, Callable[..., Tensor]] = {
     _aten.sum.dim_IntList: _sum,
     _aten.mean.dim: _mean,
     _aten.linalg_vector_norm.default: _norm,
+}
+_SERIES: dict[Any, Callable[..., Tensor]] = {  # in float32
     _aten.exp.default: exp,
     _aten.log.default: log,
     _aten.tanh.default: tanh,

@@ -8,12 +8,10 @@ records' gradients is (g·g')(a·a' + 1), and a sum of scaled gradients is one p
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from fedclip_secure.errors import ModelError
 from fedclip_secure.methods.base import Batch, Phase
 from fedclip_secure.training.exact import ExactArithmetic, squared_norms
-from fedclip_secure.training.gradients import Integers, as_double, clip_factors
+from fedclip_secure.training.gradients import Integers, clip_factors
 from fedclip_secure.training.records import select
 
 MOST_CANCELLED = 16  # how much shorter than its records' gradients together a unit's may count
@@ -58,7 +56,7 @@ def find_layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> li
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Used:
-    """A layer in one pass: `inputs` (R, in) and `gradients` (R, out) of its outputs, float64."""
+    """A layer in one pass: `inputs` (R, in) and `gradients` (R, out) of its outputs, float32."""
 
     place: Place
     inputs: Tensor
@@ -70,14 +68,14 @@ class Used:
 
     def square_of_sum(self, rows: slice) -> Tensor:
         """The squared norm of the sum of the gradients of the records at `rows`, (), of these records alone."""
-        gradients, inputs = self.gradients[rows].clone(), self.inputs[rows].clone()
+        gradients, inputs = self.gradients[rows].double(), self.inputs[rows].double()
         return ((gradients @ gradients.T) * self._with_bias(inputs @ inputs.T)).sum()
 
     def write_sum(self, factors: Tensor, found: Tensor) -> None:
         """Write the sum of the gradients, each times its factor (R,), into its place in `found`."""
-        scaled = self.gradients * factors[:, None]
+        scaled = self.gradients.double().mul_(factors[:, None])
         if self.place.weight is not None:
-            torch.mm(scaled.T, self.inputs, out=found[self.place.weight].view(scaled.shape[1], -1))
+            torch.mm(scaled.T, self.inputs.double(), out=found[self.place.weight].view(scaled.shape[1], -1))
         if self.place.bias is not None:
             torch.sum(scaled, dim=0, out=found[self.place.bias])
 
@@ -118,7 +116,7 @@ class LayerGradients:
         """The sum (size,) float64 of all of them, uncut."""
         found = torch.empty(size, dtype=torch.float64, device=self.layers[0].inputs.device)
         for layer in self.layers:
-            layer.write_sum(torch.ones_like(layer.gradients[:, 0]), found)
+            layer.write_sum(torch.ones_like(layer.gradients[:, 0], dtype=torch.float64), found)
         return found
 
     def equals(self, other: LayerGradients, rows: Tensor) -> bool:
@@ -166,8 +164,8 @@ def layer_gradients(module: nn.Module, phase: Phase, places: Sequence[Place], ba
     with torch.no_grad():  # what sees one row, or as many prompts as there are records here, does not see these as well
         for count in (1, 2):
             _watched(module, phase, places, select(batch, torch.zeros(count, dtype=torch.int64)))
-    with in_double(module), ExactArithmetic():
-        losses, seen = _watched(module, phase, places, doubled(batch))
+    with ExactArithmetic():
+        losses, seen = _watched(module, phase, places, batch)
         outputs = [seen[place.layer][1] for place in places]
         found = torch.autograd.grad(losses, outputs, torch.ones_like(losses), materialize_grads=True)
     return LayerGradients(
@@ -175,35 +173,16 @@ def layer_gradients(module: nn.Module, phase: Phase, places: Sequence[Place], ba
     )
 
 
-def doubled(batch: Batch) -> Batch:
-    """The very values of `batch`, in float64."""
-    return dataclasses.replace(batch, images=as_double(batch.images), text_features=as_double(batch.text_features))
-
-
-@contextmanager
-def in_double(module: nn.Module) -> Iterator[None]:
-    """The very values of `module`, in float64."""
-    held = [value for value in (*module.parameters(), *module.buffers()) if value.is_floating_point()]
-    before = [value.data for value in held]
-    try:
-        for value in held:
-            value.data = value.data.double()
-        yield
-    finally:
-        for value, data in zip(held, before, strict=True):
-            value.data = data
-
-
 def _watched(
     module: nn.Module, phase: Phase, places: Sequence[Place], batch: Batch
 ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """The losses, and what each layer got, float64, and gave: one row for each record."""
+    """The losses, and what each layer got and gave: one row for each record."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if layer in seen or inputs[0].shape != (len(batch.labels), layer.in_features):
             raise UnfitLayersError
-        seen[layer] = (as_double(inputs[0]), output)
+        seen[layer] = (inputs[0].detach(), output)
         return output.clone()  # what comes next may change it in place
 
     handles = [place.layer.register_forward_hook(see) for place in places]
