@@ -148,12 +148,12 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
 def _total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     """The sum in float64; of more than _TERMS, parts are added."""
     if not values.numel():
-        return values.double().sum(dims, keepdim)
+        return values.double().sum(tuple(dims), keepdim)
     for dim in dims:
         if values.shape[dim] > _TERMS:
             return _added(_total(part, dims, keepdim) for part in torch.split(values, _TERMS, dim))
     count = math.prod(values.shape[dim] for dim in dims)
-    return _rounded(values, dims, _DIGITS - _log2(count)).sum(dims, keepdim)
+    return _rounded(values, dims, _DIGITS - _log2(count)).sum(tuple(dims), keepdim)
 
 
 def _added(parts: Iterator[Tensor]) -> Tensor:

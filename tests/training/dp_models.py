@@ -101,11 +101,11 @@ def select(batch: Batch, rows: npt.NDArray[np.bool_]) -> Batch:
     return Batch(batch.images[chosen], batch.labels[chosen], batch.text_features, batch.logit_scale)
 
 
-def gradient(module: nn.Module, phase: Phase, batch: Batch) -> Doubles:
-    """Of the summed loss, by autograd alone in float64, (d,)."""
-    module, batch = in_double(module, batch)
+def gradient(module: nn.Module, phase: Phase, batch: Batch, *, single: bool = False) -> Doubles:
+    """Of the summed loss, by autograd alone in float64, (d,); or in float32."""
+    module, batch = (module, batch) if single else in_double(module, batch)
     found = torch.autograd.grad(phase.loss(module, batch).sum(), list(module.parameters()))
-    flat: Doubles = torch.cat([value.reshape(-1) for value in found]).numpy()
+    flat: Doubles = torch.cat([value.reshape(-1) for value in found]).double().numpy()
     return flat
 
 
@@ -120,9 +120,12 @@ def cut(value: Doubles, norm: float) -> Doubles:
     return value * min(1.0, norm / length) if length else value
 
 
-def by_loop(module: nn.Module, phase: Phase, batch: Batch, units: Integers, norm: float) -> Doubles:
+def by_loop(
+    module: nn.Module, phase: Phase, batch: Batch, units: Integers, norm: float, *, single: bool = False
+) -> Doubles:
     """The clipped sum, unit by unit."""
-    parts = [cut(gradient(module, phase, select(batch, units == unit)), norm) for unit in np.unique(units)]
+    each = [gradient(module, phase, select(batch, units == unit), single=single) for unit in np.unique(units)]
+    parts = [cut(value, norm) for value in each]
     return sum(parts[1:], parts[0])
 
 

@@ -59,12 +59,11 @@ def test_clipped_sum_equals_opacus_and_a_plain_loop_for_records_and_patients(
     batch = make_batch(count, seed)
     of_patients = np.random.default_rng(seed).integers(0, patients, count)
     for units in (ALONE(count), of_patients):
-        found = clipped_sum(module, phase, batch, units, norm)
-        for expected in (
-            by_opacus(module, phase, batch, units, norm),
-            by_loop(module, phase, batch, units, norm),
-        ):
-            limit = 1e-5 * max(float(np.linalg.norm(expected)), min(norm, 1.0))
+        found, plain = clipped_sum(module, phase, batch, units, norm), by_loop(module, phase, batch, units, norm)
+        # Where a softmax is sure of itself, single precision leaves few digits of a gradient, to autograd as well.
+        lost = np.linalg.norm(by_loop(module, phase, batch, units, norm, single=True) - plain)
+        for expected in (by_opacus(module, phase, batch, units, norm), plain):
+            limit = 1e-5 * max(float(np.linalg.norm(expected)), min(norm, 1.0)) + 4 * lost
             assert found.dtype == np.float64
             assert np.linalg.norm(found - expected) <= limit
 
