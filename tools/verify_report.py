@@ -38,6 +38,8 @@ LABELS = {name: f"fedclip/v1/{name}\0".encode() for name in ("privacy-report", "
 SLACK = 0.0002  # of an epsilon, relative above 1: by so much two programs differ in their grids and roundings
 GROUPS = [1, 2, 5, 10]
 MOST_BYTES = 1 << 28
+MOST_CANARIES = 1_000_000
+HOUR = 3600  # seconds
 MOST_STEPS = 2_000_000
 GRIDS = (512, 2048, 8192, 32768, 131072)  # points that the losses of one step lie on
 MOST_POINTS = 4_000_000  # after composition; about 0.5 GB
@@ -86,7 +88,8 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/alone": "afcdb7f5d897e6f8",
     "assumptions/arithmetic": "cba927cfc94bca46",
     "assumptions/audit-after": "51c5f6c04b10fd74",
-    "assumptions/audit-before": "e9182dcacbff5d16",
+    "assumptions/audit-before": "d0fa39fa09953a36",
+    "assumptions/audit-in-the-hour": "cb70a4d545655c67",
     "assumptions/audited-other": "a63a436b0ec915de",
     "assumptions/audited-same": "ed683948a1dc0b1c",
     "assumptions/audited-unknown": "4c36c6cb0b9f6126",
@@ -525,7 +528,7 @@ SILO = COMMON | {
     ),
     "audit": Maybe(
         {
-            "at": Absent(lambda v: whole(0)(v) and v % 3600 == 0),
+            "at": Absent(lambda v: whole(0)(v) and v % HOUR == 0),
             "code": Absent(HEX32),
             "self_tests": Many({"name": set(TESTS), "passed": BOOLEAN, "shows": PLAIN}, 100),
             "attack": Maybe(
@@ -1060,10 +1063,37 @@ def check_lifetime(body: Json, ledger: Ledger) -> None:
 def check_audit(body: Json) -> None:
     """No attack proves more than is claimed, unless a test failed, which is shown."""
     audit = body["audit"]
-    if audit is None or audit["attack"] is None or not all(test["passed"] for test in audit["self_tests"]):
+    if audit is None or audit["attack"] is None:
         return
-    proven = audit["attack"]["epsilon_at_least"]
-    need(proven <= body["claim"]["epsilon"], f"an attack is said to prove an epsilon of {proven}, above the claim")
+    attack, proven = audit["attack"], audit["attack"]["epsilon_at_least"]
+    if body["version"] > 1:
+        need(attack["canaries"] <= MOST_CANARIES, "an attack has more canaries than any audit")
+        least = proven_by(attack, body["claim"]["delta"])
+        need(abs(proven - least) <= SLACK, f"the guesses prove an epsilon of {least:.4f}, and {proven} is given")
+    passed = all(test["passed"] for test in audit["self_tests"])
+    fact = f"an attack is said to prove an epsilon of {proven}, above the claim"
+    need(proven <= body["claim"]["epsilon"] or not passed, fact)
+
+
+def proven_by(attack: Json, delta: float) -> float:
+    """The largest epsilon that so many right guesses refute (Steinke, Nasr & Jagielski 2023, theorem 5.2)."""
+    right, guesses, error = attack["right"], attack["guesses"], 1 - attack["confidence"]
+    if right == 0:
+        return 0.0
+    more = np.arange(1, right + 1)
+
+    def refuted(epsilon: float) -> bool:
+        chance = 1 / (1 + math.exp(-epsilon))
+        below = np.cumsum(binom.pmf(right - more, guesses, chance)) / more
+        return bool(binom.sf(right - 1, guesses, chance) + 2 * attack["canaries"] * delta * below.max() < error)
+
+    least, most = 0.0, 512.0
+    if refuted(most):
+        return most
+    while most - least > SLACK / 8:
+        middle = (least + most) / 2
+        least, most = (middle, most) if refuted(middle) else (least, middle)
+    return least
 
 
 def check_audit_form(body: Json) -> None:
@@ -1190,13 +1220,13 @@ def tests_and_code_ids(body: Json, ledger: Ledger) -> list[str]:
     else:
         ran = "code-unrecorded" if not codes else "code-one" if len(codes) == 1 else "code-changed"
     found = [ran, "mechanism-failed" if not passed else "mechanism-said" if every else "mechanism-untested"]
-    if audit is None or ledger.begin is None:
+    if audit is None or ledger.begin is None or found[1] != "mechanism-said":
         return found
     known = bool(codes) and "code" in audit
     found.append(("audited-same" if codes == {audit["code"]} else "audited-other") if known else "audited-unknown")
     if "at" in audit and ledger.reserved:
-        charged = next(iter(ledger.reserved.values()))["at"]
-        found.append("audit-before" if audit["at"] <= charged else "audit-after")
+        later = audit["at"] - next(iter(ledger.reserved.values()))["at"] // HOUR * HOUR
+        found.append("audit-before" if later < 0 else "audit-after" if later > 0 else "audit-in-the-hour")
     return found
 
 
@@ -1213,6 +1243,8 @@ class Printed:
 
     def __init__(self) -> None:
         self.failed = 0
+        self.tests_failed: list[str] = []  # of the mechanism, as silos say of their own machines
+        self.open: list[str] = []  # what reports say themselves that they leave open
 
     def check(self, name: str, function: Callable[[], Any]) -> Any:
         """The value, or None where the check failed."""
@@ -1248,6 +1280,10 @@ def check_silo(out: Printed, report: Json, name: str, held: Sequence[bytes] = ()
         out.check(f"{name}mechanism", lambda: check_mechanism(body))
         out.check(f"{name}arithmetic", lambda: check_figures(body, ledger))
     out.check(f"{name}wording", lambda: check_texts(body, ledger))
+    tests = (body["audit"] or {"self_tests": []})["self_tests"]
+    out.tests_failed += [f"{test['name']} at {body['silo']}" for test in tests if not test["passed"]]
+    left = [item for item in body["assumptions"] if item["state"] == "open"]
+    out.open += [f"{body['silo']}: {item['text']}? {item['because']}" for item in left]
 
 
 def check_nothing_claimed(body: Json) -> None:
@@ -1367,10 +1403,17 @@ def main() -> int:
     report = out.check("canonical bytes", lambda: parse(_read(options.report)))
     if report is not None:
         out.check("all checks were made", lambda: check(out, report, options))
+    if out.open and not out.failed:
+        say("")
+        say("Left open, as it says itself:")
+    for line in [] if out.failed else out.open:
+        say(f"- {line}")
     say("")
     say("No file can show:")
     for line in CANNOT:
         say(f"- {line}")
+    if out.tests_failed and not out.failed:
+        say(f"FAILED on a silo's own machine: {', '.join(out.tests_failed)}; do not rely on the claim")
     say(f"{options.report}: {outcome(out, options)}")
     return 1 if out.failed else 0
 
@@ -1385,7 +1428,8 @@ def outcome(out: Printed, options: argparse.Namespace) -> str:
     if out.failed:
         return "NOT verified"
     left = [name for name in ("plan", "roster") if getattr(options, name) is None]
-    return f"consistent in itself; {' and '.join(left)} not compared" if left else "verified"
+    found = f"consistent in itself; {' and '.join(left)} not compared" if left else "verified"
+    return f"{found}; but tests of the mechanism FAILED" if out.tests_failed else found
 
 
 def check(out: Printed, report: Json, options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedclip_cli.console import FILE, FOLDER, Group, ending_in_order, image_progress, out, run, say
 from fedclip_cli.demo import print_demo, run_progress
+from fedclip_cli.privacy import print_failed_tests
 from fedclip_cli.simulate import cell_progress, print_simulation, simulation_json
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.status import RunStatus, read_status
@@ -187,9 +188,12 @@ def report(folder: Path, files: tuple[Path, ...], to: Path | None) -> None:
     """
     from fedclip_secure.aggregator.report import make_federation_report
     from fedclip_secure.privacy.output import write_report
+    from fedclip_secure.privacy.verify import failed_tests, read_report
 
-    signed, page = write_report(to or folder / "report", make_federation_report(Home(folder), files))
+    data = make_federation_report(Home(folder), files)
+    signed, page = write_report(to or folder / "report", data)
     out.print(f"{signed}, signed by the coordinator; {page} shows it", markup=False)
+    print_failed_tests(failed_tests(read_report(data)))
     out.print(f"anybody can check it offline: fedclip-silo verify {signed}", markup=False)
 
 

@@ -87,6 +87,7 @@ def report(path: Path, folder: Path | None) -> None:
         raise TrustError(f"the report does not pass its own verification, and was not written:{listed}")
     signed, page = write_report(folder or Path(config.workdir, "report"), data)
     out.print(f"{signed}, signed by {identity.name}; {page} shows it", markup=False)
+    print_failed_tests(verdict.failed_tests)
     out.print(f"anybody can check it offline: fedclip-silo verify {signed}", markup=False)
 
 
@@ -218,16 +219,31 @@ def _print_verdict(file: Path, verdict: Verdict, uncompared: Sequence[str]) -> N
             out.print(
                 "compare them with what you were told, or give --plan and --roster: they decide whose report it is"
             )
-        out.print("not shown by any report:")
-        for line in verdict.cannot_show:
-            out.print(f"  - {line}", markup=False)
+        _print_list("left open, as it says itself:", verdict.open_points)
+        _print_list("not shown by any report:", verdict.cannot_show)
+        print_failed_tests(verdict.failed_tests)
     out.print(f"{file}: {_outcome(verdict, uncompared)}", markup=False)
+
+
+def _print_list(title: str, lines: Sequence[str]) -> None:
+    if lines:
+        out.print(title)
+    for line in lines:
+        out.print(f"  - {printable(line)}", markup=False)
+
+
+def print_failed_tests(tests: Sequence[str]) -> None:
+    """Say which tests of the mechanism have failed, as a report says itself."""
+    if tests:
+        out.print(Text.assemble(("FAILED", "bold red"), " on a silo's own machine: ", printable(", ".join(tests))))
+        out.print("do not rely on the claim until it is known why: `fedclip-silo audit` there says what each means")
 
 
 def _outcome(verdict: Verdict, uncompared: Sequence[str]) -> str:
     if not verdict.passed:
         return "NOT verified"
-    return f"consistent in itself; {' and '.join(uncompared)} not compared" if uncompared else "verified"
+    found = f"consistent in itself; {' and '.join(uncompared)} not compared" if uncompared else "verified"
+    return f"{found}; but tests of the mechanism FAILED" if verdict.failed_tests else found
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, object]:
@@ -236,5 +252,7 @@ def _verdict_json(verdict: Verdict) -> dict[str, object]:
         "checks": [{"name": one.name, "passed": one.passed, "shows": one.shows} for one in verdict.checks],
         "plan": verdict.plan_pin,
         "roster": verdict.roster_pin,
+        "open": list(verdict.open_points),
+        "failed_tests": list(verdict.failed_tests),
         "cannot_show": list(verdict.cannot_show),
     }

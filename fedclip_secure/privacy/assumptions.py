@@ -11,7 +11,7 @@ from fedclip_secure.privacy.document import Assumption, State
 Verdict = Literal["passed", "failed"] | None
 Ran = Literal["nothing", "unrecorded", "one", "several"]  # codes that the ledger names for a run
 Audited = Literal["same", "other", "unknown"]  # the audit's code beside these
-AuditTime = Literal["before", "after"]  # the audit's hour beside that of the first charge
+AuditTime = Literal["before", "same hour", "after"]  # the audit's hour beside that of the first charge
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ def _tests_and_code(evidence: Evidence) -> list[Assumption]:
     if evidence.version == 1:
         return [_FIRST_CODE, _FIRST_TESTED if evidence.self_tests == "passed" else _MECHANISM[evidence.self_tests]]
     found = [_RAN[evidence.ran], _MECHANISM[evidence.self_tests]]
+    if evidence.self_tests != "passed":  # on which code, and when, would only make more of it
+        return found
     if evidence.audited is not None:
         found.append(_AUDITED[evidence.audited])
     if evidence.audit_time is not None:
@@ -198,7 +200,14 @@ _AUDIT_TIME: dict[AuditTime, Assumption] = {
         "audit-before",
         "It was tested before it trained",
         "said",
-        "The silo says that it ran the tests no later than in the hour in which the first round was charged.",
+        "The silo says that it ran the tests before the hour in which the first round was charged.",
+    ),
+    "same hour": _of(
+        "audit-in-the-hour",
+        "It was tested before it trained",
+        "open",
+        "The tests ended in the hour in which the first round was charged. Reports hold whole hours, so which of the "
+        "two came first is not known.",
     ),
     "after": _of(
         "audit-after",

@@ -148,7 +148,7 @@ def _check_reports(
     for report in reports:
         inner = Checks(prefix=f"{report.body.silo}: ", done=checks.done)
         mine = receipts.get(report.body.silo, ())
-        check_silo(inner, report, Expected(*pins, receipts=mine))
+        check_silo(inner, report, Expected(*pins, receipts=mine, pins_of="it is that of the federation's report"))
         known = partial(_check_known, report, mine)
         inner.run("uploads", known, "the coordinator knows of its uploads, if there are any")
 

@@ -28,7 +28,7 @@ from fedclip_secure.privacy.parties import agreed, costs, most_hurt, parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.plots import profile_svg, roc_svg, rounds_svg
 from fedclip_secure.privacy.receipts import Receipt, open_receipt
-from fedclip_secure.privacy.report import History, codes_of, first_charge
+from fedclip_secure.privacy.report import HOUR, History, codes_of, first_charge
 from fedclip_secure.privacy.verify import read_report, verify
 
 _MARKS = {
@@ -138,16 +138,17 @@ def _audited(body: SiloBody, history: History) -> str:
     if body.audit is None or body.audit.at is None:
         return "When they were run is not said."
     at, charged = body.audit.at, first_charge(history.run)
-    apart = [f"{_days(body.at - at)} before this report"]
+    apart = ["in the hour of this report" if body.at - at < HOUR else f"{_apart(body.at - at)} before this report"]
     if charged is not None:
-        order = "before" if at <= charged else "after"
-        apart.insert(0, f"{_days(abs(charged - at))} {order} the first charge of this run")
+        order = "before" if at < charged else "after"
+        beside = "in the hour of" if at == charged else f"{_apart(abs(charged - at))} {order}"
+        apart.insert(0, f"{beside} the first charge of this run")
     return f"Run at {_hour(at)} UTC, says the silo: {' and '.join(apart)}."
 
 
-def _days(seconds: int) -> str:
-    days = seconds // _DAY
-    return "less than a day" if days == 0 else f"{days} day{'s' if days > 1 else ''}"
+def _apart(seconds: int) -> str:
+    number, unit = (seconds // _DAY, "day") if seconds >= _DAY else (seconds // HOUR, "hour")
+    return f"{number} {unit}{'s' if number > 1 else ''}"
 
 
 def _receipts(body: FederationBody) -> list[Receipt]:

@@ -283,4 +283,6 @@ def _audit_time(audit: Audit | None, run: Run | None) -> AuditTime | None:
     charged = first_charge(run)
     if audit is None or audit.at is None or charged is None:
         return None
-    return "before" if audit.at <= charged else "after"
+    if audit.at == charged:
+        return "same hour"
+    return "before" if audit.at < charged else "after"

@@ -31,6 +31,8 @@ class Verdict:
     checks: tuple[Check, ...]
     plan_pin: str | None  # None: the report could not be read so far
     roster_pin: str | None
+    open_points: tuple[str, ...] = ()  # what a report says itself that it leaves open, and of which silo
+    failed_tests: tuple[str, ...] = ()  # of the mechanism, as a silo says of its own machine
     cannot_show: tuple[str, ...] = tuple(CANNOT_SHOW)
 
     @property

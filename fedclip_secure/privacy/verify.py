@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 
 from fedclip_secure.errors import TrustError
 from fedclip_secure.privacy.canonical_json import decode, encode
-from fedclip_secure.privacy.document import FORMAT, VERSION, FederationReport, SiloReport, as_data
+from fedclip_secure.privacy.document import FORMAT, VERSION, FederationReport, SiloBody, SiloReport, as_data
 from fedclip_secure.privacy.federation_report import check_federation
 from fedclip_secure.privacy.verdict import Checks, StoppedError, Verdict, expect
 from fedclip_secure.privacy.verify_silo import Expected, check_silo
@@ -48,8 +48,33 @@ def verify(data: bytes, expected: Expected | None = None) -> Verdict:
         else:
             check_federation(checks, report, expected or Expected())
         plan, roster = report.body.contract.digest, report.body.roster.digest
-        return Verdict(tuple(checks.done), f"sha256:{plan}", f"sha256:{roster}")
+        pins = f"sha256:{plan}", f"sha256:{roster}"
+        return Verdict(tuple(checks.done), *pins, _open_points(report), failed_tests(report))
     return Verdict(tuple(checks.done), None, None)
+
+
+def failed_tests(report: SiloReport | FederationReport) -> tuple[str, ...]:
+    """The tests of the mechanism that failed, as the silos say themselves."""
+    return tuple(
+        f"{test.name} at {body.silo}"
+        for body in _of_silos(report)
+        for test in (body.audit.self_tests if body.audit else [])
+        if not test.passed
+    )
+
+
+def _of_silos(report: SiloReport | FederationReport) -> list[SiloBody]:
+    return [report.body] if isinstance(report, SiloReport) else [inner.body for inner in report.body.reports]
+
+
+def _open_points(report: SiloReport | FederationReport) -> tuple[str, ...]:
+    """Each with the silos that it is said of."""
+    silos: dict[str, list[str]] = {}
+    for body in _of_silos(report):
+        for item in body.assumptions:
+            if item.state == "open":
+                silos.setdefault(f"{item.text}? {item.because}", []).append(body.silo)
+    return tuple(f"{', '.join(names)}: {text}" for text, names in silos.items())
 
 
 def read_report(data: bytes) -> SiloReport | FederationReport:

@@ -25,6 +25,7 @@ from fedclip_secure.privacy.document import (
 )
 from fedclip_secure.privacy.entries import Begin, SignedEntry
 from fedclip_secure.privacy.figures import accounting, claimed, epsilon, groups, tolerance
+from fedclip_secure.privacy.one_run import MOST_CANARIES, epsilon_at_least
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import Receipt, open_receipt
 from fedclip_secure.privacy.report import History, evidence, lifetime_of, mechanism
@@ -40,6 +41,7 @@ class Expected:
     plan_pin: str | None = None  # as `fedclip-silo accept` shows it
     roster_pin: str | None = None
     receipts: Sequence[bytes] = ()  # that the coordinator holds for uploads of this silo
+    pins_of: str = "it is the one that was given to compare with"  # where they are known from
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +96,14 @@ def check_agreed(checks: Checks, report: SiloReport | FederationReport, expected
 
 
 def _check_pins(checks: Checks, agreed: Agreed, expected: Expected) -> None:
-    _check_pin(checks, "plan pin", expected.plan_pin, agreed.contract.pin)
-    _check_pin(checks, "roster pin", expected.roster_pin, agreed.roster.pin)
+    _check_pin(checks, "plan pin", expected.plan_pin, agreed.contract.pin, expected.pins_of)
+    _check_pin(checks, "roster pin", expected.roster_pin, agreed.roster.pin, expected.pins_of)
 
 
-def _check_pin(checks: Checks, name: str, wanted: str | None, found: str) -> None:
+def _check_pin(checks: Checks, name: str, wanted: str | None, found: str, shows: str) -> None:
     fact = f"the report is about {found}, not about {wanted}"
     if wanted is not None:
-        checks.run(name, lambda: expect(wanted == found, fact), "it is the one that was given to compare with")
+        checks.run(name, lambda: expect(wanted == found, fact), shows)
 
 
 def _contract(report: SiloReport | FederationReport) -> Contract:
@@ -245,7 +247,7 @@ def _check_figures(body: SiloBody, planned: PlannedRun | None, history: History)
     expect(claim.groups[0].epsilon == claim.epsilon, "ε for 1 unit is another than that of the claim")
     for group, least in zip(claim.groups, wanted, strict=True):
         at_least(group.epsilon, least.epsilon, f"ε for {group.units} units")
-    _check_audit(body.audit, claim)
+    _check_audit(body.audit, claim, body.version)
     _check_spent(claim, planned, history)
     _check_lifetime(body, planned, history)
 
@@ -258,12 +260,19 @@ def _check_accounting(given: Accounting, new: Accounting) -> None:
     expect(given.agree is agree, "whether the two accountants agree is said wrongly")
 
 
-def _check_audit(audit: Audit | None, claim: Claim) -> None:
-    if audit is None or audit.attack is None or not all(test.passed for test in audit.self_tests):
-        return  # a test that failed is shown as an open assumption
-    proven = audit.attack.epsilon_at_least
+def _check_audit(audit: Audit | None, claim: Claim, version: int) -> None:
+    if audit is None or audit.attack is None:
+        return
+    attack, proven = audit.attack, audit.attack.epsilon_at_least
+    if version > 1:
+        expect(attack.canaries <= MOST_CANARIES, f"an attack has {attack.canaries} canaries, more than any audit")
+        error = 1 - attack.confidence
+        least = epsilon_at_least(attack.right, attack.guesses, attack.canaries, claim.delta, error)
+        fact = f"the attack's guesses prove an ε of at least {least:.4f}, and {proven:.4f} is given"
+        expect(abs(proven - least) <= SLACK, fact)
+    # A test that failed is shown as an open assumption.
     expect(
-        proven <= claim.epsilon,
+        proven <= claim.epsilon or not all(test.passed for test in audit.self_tests),
         f"an attack is said to prove an ε of at least {proven:.4f}, above the claim of {claim.epsilon:.4f}, while no "
         "test failed",
     )

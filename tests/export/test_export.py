@@ -194,7 +194,7 @@ def test_card_of_a_private_plan_states_its_privacy() -> None:
     )
     for text in (card, facts["privacy"]):
         assert f"{said}, for all 50 round(s) that the plan allows, retrains included" in text
-        assert re.search(r"computed by fedclip-secure [\d.]+ from plan and lock, by PLD", text)
+        assert re.search(r"computed by fedclip-secure [\w.]+ from plan and lock, by PLD", text)
     assert {key: facts["claim"][key] for key in ("epsilon", "delta", "unit", "rounds")} == {
         "epsilon": spent, "delta": 1e-5, "unit": "patient", "rounds": 50}  # fmt: skip
     assert "each patient in one with chance 0.1" in card

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedclip_secure.privacy.assumptions import assumptions
-from fedclip_secure.privacy.document import Audit
+from fedclip_secure.privacy.document import FIRST_TESTS, Audit
 from fedclip_secure.privacy.report import HOUR, History, evidence
 from tests.privacy.reports import AUDIT, contract
 from tools import verify_report
@@ -19,11 +19,15 @@ CHARGED = 500 * DAY + 1234  # seconds since 1970
 RAN: dict[str, tuple[str, ...] | None] = {
     "nothing": None, "by 0.1": (), "one": (A,), "restarted": (A, A), "two": (A, B), "there and back": (A, B, A),
 }  # fmt: skip
+FIRST = [test for test in AUDIT.self_tests if test.name in FIRST_TESTS]
+FAILED = [AUDIT.self_tests[0].model_copy(update={"passed": False}), *AUDIT.self_tests[1:]]
 AUDITS: dict[str, Audit | None] = {
     "none": None,
-    "of 0.1": AUDIT.model_copy(update={"at": None, "code": None}),
+    "of 0.1": AUDIT.model_copy(update={"at": None, "code": None, "self_tests": FIRST}),
     "of a": AUDIT.model_copy(update={"at": 400 * DAY, "code": A}),
     "of b in the hour": AUDIT.model_copy(update={"at": 500 * DAY, "code": B}),
+    "of a, a test failed": AUDIT.model_copy(update={"at": 400 * DAY, "code": A, "self_tests": FAILED}),
+    "of a, in part": AUDIT.model_copy(update={"at": 400 * DAY, "code": A, "self_tests": AUDIT.self_tests[:5]}),
     "of a, later": AUDIT.model_copy(update={"at": 500 * DAY + HOUR, "code": A}),
 }
 SAID = {
@@ -33,11 +37,16 @@ SAID = {
     ("one", "of 0.1"): ["code-one", "audited-unknown"],
     ("one", "of a"): ["code-one", "audited-same", "audit-before"],
     ("restarted", "of a, later"): ["code-one", "audited-same", "audit-after"],
-    ("one", "of b in the hour"): ["code-one", "audited-other", "audit-before"],
+    ("one", "of b in the hour"): ["code-one", "audited-other", "audit-in-the-hour"],
     ("two", "of a"): ["code-changed", "audited-other", "audit-before"],
-    ("there and back", "of b in the hour"): ["code-changed", "audited-other", "audit-before"],
+    ("there and back", "of b in the hour"): ["code-changed", "audited-other", "audit-in-the-hour"],
+    ("one", "of a, a test failed"): ["code-one"],
+    ("one", "of a, in part"): ["code-one"],
 }
-OPEN = {"code-unrecorded", "audited-other", "audited-unknown", "audit-after", "features-in-batches"}
+OPEN = {"code-unrecorded", "audited-other", "audited-unknown", "audit-in-the-hour", "audit-after"} | {
+    "features-in-batches",
+    "mechanism-failed",
+}
 
 
 def run_of(codes: tuple[str, ...] | None) -> Any:

@@ -20,7 +20,7 @@ from fedclip_secure.privacy.page import render_page
 from fedclip_secure.privacy.parties import parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
-from fedclip_secure.privacy.report import SiloFacts, report_body
+from fedclip_secure.privacy.report import HOUR, SiloFacts, report_body
 from fedclip_secure.privacy.verify import verify
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.pins import Accepted
@@ -249,8 +249,25 @@ def test_tests_are_what_the_silo_says_with_their_hour_and_the_code(page: str) ->
     assert "3 days before the first charge of this run and 14 days before this report. No file can show" in text
     assert f"code tested, says the silo {CODE} code that trained, by the ledger {CODE}" in text
     assert "Versions when this report was written, as the silo states them" in text
-    assert page.count('<span class="chip said">') == 3 + 1 + 13  # three assumptions, the legend, the tests
+    assert page.count('<span class="chip said">') == 3 + 1 + len(TESTS)  # three assumptions, the legend, the tests
     assert ">tested<" not in page
+
+
+def test_tests_of_the_hour_in_which_training_began_are_not_said_to_have_come_first(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    facts = site.trained(rounds=1)
+    entries = [item["entry"] for item in body_of(site.signed(report_body(facts)))["ledger"]["entries"]]
+    (charged,) = {entry["at"] for entry in entries if entry["kind"] == "reserve"}
+    for hours, said in (
+        (0, "in the hour of the first charge of this run and"),
+        (-5, "5 hours before the first charge of this run and"),
+        (1, "1 hour after the first charge of this run and"),
+    ):
+        at = charged // HOUR * HOUR + hours * HOUR
+        data = site.signed(report_body(replace(facts, audit=AUDIT.model_copy(update={"at": at}))))
+        text = spaced(render_page(data))
+        assert said in text
+        assert ("which of the two came first is not known" in text) == (hours == 0)
 
 
 def test_audit_that_was_typed_by_hand_is_the_silos_word_and_of_other_code(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.privacy.canonical_json import encode
 from fedclip_secure.privacy.document import Limit
+from fedclip_secure.privacy.one_run import epsilon_at_least
 from fedclip_secure.privacy.report import SiloFacts, report_body
 from fedclip_secure.privacy.verdict import Verdict
 from fedclip_secure.privacy.verify import read_report, verify
@@ -271,13 +272,29 @@ def test_an_attack_that_proves_more_than_the_claim_is_refused_unless_a_test_fail
     facts = made.site.trained("cedar", rounds=1)
     attack = AUDIT.attack
     assert attack is not None
-    audit = AUDIT.model_copy(update={"attack": attack.model_copy(update={"epsilon_at_least": 500.0})})
+    proven = epsilon_at_least(4000, 4000, 10_000, 1e-5, 0.05)
+    better = attack.model_copy(update={"right": 4000, "epsilon_at_least": round(proven, 4)})
+    audit = AUDIT.model_copy(update={"attack": better})
     verdict = verify(made.site.signed(report_body(replace(facts, audit=audit)), "cedar"))
     assert failed(verdict) == ["arithmetic"]
-    assert "500.0000" in verdict.failures[0].shows
+    assert f"{proven:.4f}, above the claim" in verdict.failures[0].shows
     tests = [AUDIT.self_tests[0].model_copy(update={"passed": False}), *AUDIT.self_tests[1:]]
     honest = audit.model_copy(update={"self_tests": tests})
     assert verify(made.site.signed(report_body(replace(facts, audit=honest)), "cedar")).passed
+
+
+def test_an_attacks_figure_must_follow_from_its_guesses(made: Made) -> None:
+    assert AUDIT.attack is not None
+    facts = made.site.trained("birch", rounds=1)
+    altered: list[tuple[dict[str, Any], str]] = [
+        ({"epsilon_at_least": 0.1}, "the attack's guesses prove an ε of at least 0.2588, and 0.1000 is given"),
+        ({"right": 2_400}, "the attack's guesses prove an ε of at least 0.3513, and 0.2588 is given"),
+        ({"canaries": 2**52}, "an attack has 4503599627370496 canaries, more than any audit"),
+    ]
+    for changed, fact in altered:
+        audit = AUDIT.model_copy(update={"attack": AUDIT.attack.model_copy(update=changed)})
+        verdict = verify(made.site.signed(report_body(replace(facts, audit=audit)), "birch"))
+        assert [(item.name, item.shows) for item in verdict.failures] == [("arithmetic", fact)]
 
 
 def test_what_a_shortened_report_hides_is_said(made: Made) -> None:
