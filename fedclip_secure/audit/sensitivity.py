@@ -16,6 +16,7 @@ from fedclip_secure.audit.evidence import Doubles, Evidence
 from fedclip_secure.audit.scene import Scene
 from fedclip_secure.methods.base import Batch, Phase
 from fedclip_secure.training.gradients import Integers
+from fedclip_secure.training.linear import MOST_CANCELLED
 from fedclip_secure.training.records import select
 
 TOLERANCE = 1e-7  # of C
@@ -24,7 +25,7 @@ _RESTS = (0, 1, 2, 48)  # units that stay when one is taken away; also as many a
 _NEIGHBOURS = (1, 2, 15, 48)  # units beside the one whose bits are looked at
 _HALF_ULP = 2.0**-53
 # Four times the size, in C, of what is summed: a unit's records may add up to less than each adds by itself.
-_TERM = 4 * 16
+_TERM = 4 * MOST_CANCELLED
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.plots import profile_svg, roc_svg, rounds_svg
 from fedclip_secure.privacy.receipts import Receipt, open_receipt
 from fedclip_secure.privacy.report import HOUR, History, codes_of, first_charge
-from fedclip_secure.privacy.verify import read_report, verify
+from fedclip_secure.privacy.verify import failed_tests, read_report, verify
 
 _MARKS = {
     "shown": "✓",
@@ -66,6 +66,7 @@ def render_page(data: bytes) -> str:
         labels=_LABELS,
         cannot_show=wording.CANNOT_SHOW,
         claim=report.body.claim,
+        failed_tests=failed_tests(report),
         agreed=agreed(plan, report.body.contract.lock),
         parties=parties(plan, report.body.roster.roster),
         costs=costs(plan),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from click.testing import CliRunner
 from fedclip_cli import silo
 
+from fedclip_secure.privacy.page import render_page
 from fedclip_secure.privacy.report import report_body
 from tests.privacy.reports import AUDIT, Site, replace
 from tools import verify_report
@@ -57,6 +59,8 @@ def test_a_test_that_failed_is_told_in_the_last_lines_wherever_its_report_goes(t
     name = AUDIT.self_tests[4].name
     for data in (mine, site.federation(both, [facts.receipts[-1], other.receipts[-1]])):
         path.write_bytes(data)
+        flag = f"<strong>Tests of the mechanism failed on a silo's own machine:</strong> {name} at oak. Do not rely"
+        assert flag in html.unescape(render_page(data))
         done = CliRunner().invoke(silo.main, ["verify", str(path)], terminal_width=200)
         last = " ".join(done.output.split())
         assert done.exit_code == 0
