@@ -146,14 +146,23 @@ class Encoder:
         end = empty[1]
         return full[1 : full.index(end)] if end in full else full[1:]
 
-    def encode_images(self, batch: torch.Tensor, stage: Stage = FEATURES) -> Floats:
+    def encode_images(self, batch: torch.Tensor, stage: Stage = FEATURES, *, in_one: bool = False) -> Floats:
         """What `batch` (B, 3, S, S) is at `stage`: features (B, D), not normalised, or tokens or pixels; float32.
 
-        Where B images are too many for the device's memory, half as many are encoded at once, from then on.
+        Where B images are too many for the device's memory, half as many are encoded at once, from then on; or none
+        where they must be encoded `in_one` pass.
 
         Raises:
-            ModelError: the device has too little memory for a single image.
+            ModelError: the device has too little memory for a single image, or for the one pass.
         """
+        if in_one:
+            try:
+                return self._encode(batch, stage)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"{self.device}: too little memory for {len(batch)} images at once, and with `privacy` no fewer "
+                    "are encoded together; free the device, or set `device: cpu` in silo.yaml"
+                ) from error
         rows, start = [], 0
         while start < len(batch):
             part = batch[start : start + self._at_once]

@@ -183,7 +183,7 @@ class _Work:
             self._rows.update((key, rows[row]) for key, row in keys.items())
 
     def _encode(self, images: torch.Tensor) -> Floats:
-        return self.encoder.encode_images(images, self._options.stage)
+        return self.encoder.encode_images(images, self._options.stage, in_one=self._options.apart)
 
     def _flush(self) -> None:
         self._index.add(self._seen)

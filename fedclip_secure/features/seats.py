@@ -1,10 +1,10 @@
 """Which images are encoded together: so that no bit of a feature depends on the others.
 
-A library rounds a row by its place in a batch and by the batch's size. So with privacy all batches have one size, and
-the row of an image is a remainder of the SHA-256 of its file; rows that nobody has are zeros. The program that runs for
-given shapes reads no values to choose its way, and computes each row of its own row and the weights: so the features of
-an image are the same bits whichever images are there besides. (Which program runs, the library and the device decide,
-and not the images.)
+A library rounds a row by its place in a batch and by the batch's size. So with privacy all batches have one size, also
+where memory is short, and the row of an image is a remainder of the SHA-256 of its file; rows that nobody has are
+zeros. The program that runs for given shapes reads no values to choose its way, and computes each row of its own row
+and the weights: so the features of an image are the same bits whichever images are there besides. (Which program runs,
+the library and the device decide, and not the images.)
 """
 
 from __future__ import annotations

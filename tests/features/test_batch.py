@@ -53,6 +53,13 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tower: Encoder, caplog: pyte
     assert model.sizes == [2] * 5, "what was learned is kept"
 
 
+def test_pass_whose_images_belong_together_is_not_halved(tower: Encoder) -> None:
+    encoder, model = narrow(tower, room=3)
+    with pytest.raises(ModelError, match=r"cpu: too little memory for 4 images at once, and with `privacy` no fewer"):
+        encoder.encode_images(torch.rand(4, 3, 4, 4), in_one=True)
+    assert model.sizes == [4]
+
+
 def test_no_room_for_one_image_is_told_with_the_remedy(tower: Encoder) -> None:
     encoder, _ = narrow(tower, room=0)
     with pytest.raises(ModelError, match=r"cpu: too little memory for one image; .*`device: cpu`"):
