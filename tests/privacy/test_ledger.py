@@ -424,6 +424,15 @@ def test_unit_that_was_left_out_stays_so_for_the_run(books: Books) -> None:
     assert run.admitted == {*units([2, 3, 4])}
 
 
+def test_units_that_a_run_left_out_are_told_so_also_where_they_could_pay_for_what_is_left(books: Books) -> None:
+    ledger, cap, wanted = books.open(), cap_for(5), terms(rounds=4, max_retrains=0)
+    train(ledger, 1, range(2), 2)
+    ledger.open_run(wanted, units(range(4)), cap)
+    ledger.end_runs("pets")
+    said = "every unit of the data was left out when the run began, or cannot pay for it; restore the data of the run"
+    refused(ledger, PolicyError, said, wanted, units(range(2)), cap, changed_data=True)
+
+
 def test_rounds_of_another_run_meanwhile_never_bring_a_unit_above_the_cap(books: Books) -> None:
     """The other one was of a silo without a limit; each limit holds for whoever has set it."""
     ledger, cap = books.open(), cap_for(6)
