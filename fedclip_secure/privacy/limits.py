@@ -69,8 +69,8 @@ def changed(chain: Chain, silo: str, cap: Cap | None) -> str | None:
     )
     if _rises(newest.limit, today):
         return (
-            f"{fact}: what held for the old limit does not hold for the new one, and from the next round on every "
-            "report says that it was raised; set it back unless that was decided"
+            f"{fact}: what held for the old limit does not hold for the new one, and reports say that it was "
+            "raised; set it back unless that was decided"
         )
     return f"{fact}: units that have spent more take part in no further run, and reports say that it was lowered"
 

@@ -148,8 +148,8 @@ def test_person_is_told_that_the_limit_is_another_than_at_the_newest_run(books: 
     was = "policy.max_epsilon was 4 (delta 1e-05) for the run of federation pets (entry of 2027-01-15 08:00:00 UTC), "
     (raised,) = told(ledger, 8.0)
     assert raised == (
-        f"{was}and is now 8 (delta 1e-05): what held for the old limit does not hold for the new one, and from the "
-        "next round on every report says that it was raised; set it back unless that was decided"
+        f"{was}and is now 8 (delta 1e-05): what held for the old limit does not hold for the new one, and reports "
+        "say that it was raised; set it back unless that was decided"
     )
     assert told(ledger, None)[0].startswith(f"{was}and is now not set: what held")
     assert told(ledger, 3.0) == [
