@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
@@ -109,13 +110,18 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/floating-point": "2f72acb9d1afed95",
     "assumptions/ledger": "6040c0802a4eb600",
     "assumptions/ledger-unreceipted": "7127027710919d0e",
+    "assumptions/limit-below-run": "27dc91b590312d44",
     "assumptions/limit-kept": "0b7e83f1b029573a",
+    "assumptions/limit-lowered": "1c9fb5d547a9a202",
+    "assumptions/limit-raised": "1b91d007144c005b",
+    "assumptions/limit-unrecorded": "41d966d5ce84af80",
     "assumptions/masks": "a40c57850deea927",
     "assumptions/mechanism": "f3a93b55689d6483",
     "assumptions/mechanism-failed": "752ae2e5a9f1e4b3",
     "assumptions/mechanism-said": "826a7ef731c500b8",
     "assumptions/mechanism-untested": "83926a5d2cb7b4e5",
     "assumptions/no-limit": "d3024ea4b47c8aa3",
+    "assumptions/runs-fit": "93fe639caa621300",
     "assumptions/second-accountant": "1382021282c95784",
     "assumptions/second-accountant-differs": "515bd62c417a6d62",
     "assumptions/second-accountant-none": "82c0ba4db898bedc",
@@ -444,6 +450,7 @@ LOCK = {
     "noise_multiplier": Maybe(POSITIVE),
     "releases": whole(1),
 }
+LIMIT = {"epsilon": POSITIVE, "delta": is_fraction}
 ENTRY = {"version": whole(1, 2), "number": whole(1), "previous": HEX32, "at": whole(0), "silo": NAME, "key": HEX32}
 STEP = {"noise_multiplier": POSITIVE, "sample_rate": real(0, 1, above=True)}
 NEWER = ENTRY | {"version": whole(2, 2)}
@@ -482,10 +489,15 @@ ENTRIES = {
     },
     "settle": ENTRY | {"kind": {"settle"}, "reservation": HEX32},
     "code": NEWER | {"kind": {"code"}, "run": HEX16, "code": HEX32},
+    "limit": NEWER | {"kind": {"limit"}, "run": HEX16, "limit": Maybe(LIMIT)},
     "end": NEWER | {"kind": {"end"}, "run": HEX16},
     "clock": NEWER | {"kind": {"clock"}},
 }
-BEGIN_2 = ENTRIES["begin"] | {"code": HEX32, "patients": lambda v: isinstance(v, list) and v in NORMALISED}
+BEGIN_2 = ENTRIES["begin"] | {
+    "code": HEX32,
+    "patients": lambda v: isinstance(v, list) and v in NORMALISED,
+    "limit": Absent(Maybe(LIMIT)),
+}
 
 
 def form_of_entry(entry: Json) -> Any:
@@ -496,7 +508,6 @@ def form_of_entry(entry: Json) -> Any:
 
 
 NOTE = {"id": NAME, "text": WORDS, "because": WORDS}
-LIMIT = {"epsilon": POSITIVE, "delta": is_fraction}
 ESTIMATE = {"library": PLAIN, "epsilon": EPSILON}
 SPENT = {"trained": Many(whole(1)), "retrains": whole(0)}
 COMMON = {
@@ -846,6 +857,9 @@ class Ledger:
         elif entry["kind"] == "code":
             need(found.codes[-1:] != [entry["code"]], f"{where} notes the program that its run has already")
             found.codes.append(entry["code"])
+        elif entry["kind"] == "limit":
+            need(found.limits[-1:] != [entry["limit"]], f"{where} notes the limit that its run has already")
+            found.limits.append(entry["limit"])
         elif entry["kind"] == "end":
             found.ended = True
         else:
@@ -888,6 +902,7 @@ class Run:
     def __init__(self, begin: Json) -> None:
         self.begin, self.set, self.ended = begin, begin["set"], False
         self.codes: list[str] = [begin["code"]] if "code" in begin else []  # of the programs that were to train it
+        self.limits: list[Json] = [begin["limit"]] if "limit" in begin else []  # that it was held to
         self.of = begin["silo"], begin["plan"], begin["roster"]
         self.reserved: dict[str, Json] = {}
         self.settled: dict[str, int] = {}  # reservation: number of the entry
@@ -1056,7 +1071,8 @@ def check_lifetime(body: Json, ledger: Ledger) -> None:
     every_run = left + sum(e["steps"] * rdp_at(e["noise_multiplier"], e["sample_rate"], order) for e in every)
     need(math.isclose(life["this_run"], this_run, rel_tol=1e-6), "what this run takes of the limit is wrong")
     need(math.isclose(life["every_run"], every_run, rel_tol=1e-6), "what all runs take of the limit is wrong")
-    need(life["this_run"] <= life["budget"] * (1 + 1e-9), "the whole run does not fit the limit")
+    fits = life["this_run"] <= life["budget"] * (1 + 1e-9)
+    need(fits or body["version"] > 1, "the whole run does not fit the limit, and version 1 cannot say so")
     need((life["limit"], life["runs"]) == (limit, len(ledger.runs)), "the lifetime is of another limit or ledger")
 
 
@@ -1188,8 +1204,6 @@ def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
     recorded = ledger.begin is not None and ledger.begin["version"] > 1
     here = "features" if first else "features-apart" if recorded else "features-in-batches"
     features = {"computed here": here, "stated to be per record": "features-external", None: "features-none"}
-    life = body["lifetime"]
-    fits = life is not None and life["every_run"] <= life["budget"]
     return [
         "alone",
         "arithmetic",
@@ -1202,8 +1216,29 @@ def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
         features[ledger.begin["features"] if ledger.begin else None],
         f"units-{privacy['unit']}",
         "delta",
-        "no-limit" if life is None else "all-runs-fit" if fits else "limit-kept",
+        bound_id(body, ledger),
     ]
+
+
+def bound_id(body: Json, ledger: Ledger) -> str:
+    """What holds over all runs, by the limits that the silo held them to."""
+    life, today = body["lifetime"], body["limit"]
+    if life is None:
+        return "no-limit"
+    fits = life["every_run"] <= life["budget"]
+    if body["version"] == 1:
+        return "all-runs-fit" if fits else "limit-kept"
+    mine = [entry["limit"] for entry in ledger.entries if entry["silo"] == body["silo"] and "limit" in entry]
+    pairs = [(math.inf, 1.0) if limit is None else (limit["epsilon"], limit["delta"]) for limit in [*mine, today]]
+    runs = ledger.runs.values()
+    found = {
+        "limit-raised": any(new[0] > old[0] or new[1] > old[1] for old, new in pairwise(pairs)),
+        "limit-below-run": life["this_run"] > life["budget"] * (1 + 1e-9),
+        "limit-lowered": len(set(pairs)) > 1,
+        "limit-unrecorded": not all("limit" in run.begin for run in runs),
+        "runs-fit": fits and all(limit == today for run in runs for limit in run.limits),
+    }
+    return next((name for name, holds in found.items() if holds), "limit-kept")
 
 
 def tests_and_code_ids(body: Json, ledger: Ledger) -> list[str]:

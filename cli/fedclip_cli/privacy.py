@@ -27,6 +27,10 @@ if TYPE_CHECKING:  # these take seconds to load
 _CONFIG = click.option(
     "--config", "path", type=FILE, default="silo.yaml", show_default=True, help="This silo's settings."
 )
+_ENDING = (
+    "This ends for good: {runs}. Nothing more can be trained there; what was spent stays spent, and what is kept "
+    "for it becomes free."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 
 
@@ -42,12 +46,13 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option(
     "--clock-was-wrong", is_flag=True, help="Note that the clock was ahead when the ledger's newest entry was written."
 )
-def budget(path: Path, as_json: bool, federation: str | None, clock_was_wrong: bool) -> None:
+@click.option("--yes", is_flag=True, help="End it without asking.")
+def budget(path: Path, as_json: bool, federation: str | None, clock_was_wrong: bool, yes: bool) -> None:
     """What was spent of this organisation's privacy budget, by which run, and what is left.
 
     For this house alone: the numbers of units follow from the data. It may be asked while `train` runs.
     """
-    from fedclip_secure.silo.account import cap_of, end_runs, existing_ledger, mend_clock
+    from fedclip_secure.silo.account import cap_of, end_runs, existing_ledger, mend_clock, unfinished
 
     config = read_silo(path)
     identity = Identity.load(Path(config.identity))
@@ -55,10 +60,15 @@ def budget(path: Path, as_json: bool, federation: str | None, clock_was_wrong: b
         mend_clock(config, identity)
         err.print("noted and signed: the clock was ahead. The report will say so")
     if federation is not None:
+        question = f"{_ENDING.format(runs=unfinished(config, identity, federation))} End it?"
+        if not yes and not click.confirm(question, err=True):
+            raise TrustError("nothing was ended; `fedclip-silo train` goes on with what is unfinished")
         freed = end_runs(config, identity, federation)
         err.print(f"ended: nothing more is paid for in {federation}; {freed} round(s) are free again", markup=False)
     with closing(existing_ledger(config, identity)) as ledger:
         account = ledger.account(cap_of(config.policy))
+        for line in ledger.warnings(cap_of(config.policy)):
+            err.print(line, markup=False)
     if as_json:
         click.echo(json.dumps(account.as_json()))
     else:
@@ -162,10 +172,24 @@ def _print_audit(result: AuditResult, kept: Path) -> None:
 
 
 def _print_account(account: Account) -> None:
+    from fedclip_secure.privacy.account import PLAN_DIGITS, percent
+
     if not account.runs:
         out.print("nothing was spent yet")
         return
-    table = Table("run", "rounds trained", "again", "lost", "sigma", "steps", "epsilon so far", "at most", box=None)
+    table = Table(
+        "run",
+        "plan",
+        "begun",
+        "rounds trained",
+        "again",
+        "lost",
+        "sigma",
+        "steps",
+        "epsilon so far",
+        "at most",
+        box=None,
+    )
     for run in account.runs:
         table.add_row(*(Text(cell) for cell in _run_cells(run)))
     out.print(table)
@@ -174,29 +198,39 @@ def _print_account(account: Account) -> None:
         out.print("no policy.max_epsilon in silo.yaml: nothing limits the sum of these runs")
         return
     out.print(
-        f"over all runs, for the unit that was charged most: epsilon {life.epsilon:.4g} of {life.cap_epsilon:g} "
-        f"({100 * life.share:.0f} %) spent (delta {life.cap_delta:g}, RDP filter); "
+        f"over all runs, the unit that was charged most has spent {percent(life.share)} of the limit's budget "
+        f"(epsilon {life.epsilon:.4g} of {life.cap_epsilon:g}, delta {life.cap_delta:g}); "
         f"{life.rounds_left} more round(s) like the last run's fit",
         markup=False,
     )
-    held = [f"{run.federation} ({run.silo}): {run.held} round(s)" for run in account.runs if run.held]
+    held = [
+        f"{run.federation} ({run.silo}, plan {run.plan[:PLAN_DIGITS]}): {run.held} round(s)"
+        for run in account.runs
+        if run.held
+    ]
     if held:
         out.print(
-            f"beside what is kept for unfinished runs, which may bring it to epsilon {life.epsilon_held:.4g}: "
+            f"beside what is kept for unfinished runs, which may bring it to {percent(life.share_held)} of the limit's "
+            f"budget (epsilon {life.epsilon_held:.4g}): "
             f"{', '.join(held)}; `fedclip-silo budget --end FEDERATION` frees what nobody will train any more",
             markup=False,
         )
     out.print(
-        "(the filter holds over plans that are chosen after seeing results, so its figure is not the runs' own: "
-        "each of these is of one plan alone, by PLD)",
+        "(the limit's budget is the RDP that max_epsilon and delta allow at one order: each round like another takes "
+        "the same share of it, while a first round costs more of an epsilon than the next. It holds over plans that "
+        "are chosen after seeing results, so its epsilon is not the runs' own, each of which is of one plan, by PLD)",
         markup=False,
     )
     out.print(f"{life.exhausted} of {life.units} unit(s) cannot pay for one more such round", markup=False)
 
 
 def _run_cells(run: RunAccount) -> list[str]:
+    from fedclip_secure.privacy.account import PLAN_DIGITS, day
+
     return [
         f"{run.federation} ({run.silo}), {run.unit}s{', ended' if run.ended else ''}",
+        run.plan[:PLAN_DIGITS],
+        day(run.began_at),
         f"{len(run.trained)} of {run.rounds}",
         f"{run.retrains} of {run.max_retrains}",
         str(run.without_result),

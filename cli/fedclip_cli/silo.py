@@ -16,7 +16,7 @@ from fedclip_cli.console import FILE, Group, err, image_progress, out, printable
 from fedclip_cli.evaluation import Measured, evaluation_json, print_evaluation
 from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.config.silo import Precision, for_extraction, read_silo, write_silo
+from fedclip_secure.config.silo import Precision, SiloConfig, for_extraction, read_silo, write_silo
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_output
 from fedclip_secure.pki.identity import Identity
@@ -26,7 +26,7 @@ from fedclip_secure.pki.roster import readable_fingerprint
 from fedclip_secure.privacy import wording
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.account import about_ledger
+from fedclip_secure.silo.account import about_ledger, about_place
 from fedclip_secure.silo.adapters import GLOBAL, choose
 from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted
@@ -90,7 +90,8 @@ def accept(path: Path, yes: bool) -> None:
     terms = Terms.of(offer.contract, offer.roster)
     _show_offer(offer, terms, identity)
     if offer.contract.plan.privacy is not None:
-        out.print(about_ledger(config, identity), markup=False)
+        for line in [*about_ledger(config, identity, offer), *_place(config, path)]:
+            out.print(line, markup=False)
     check_policy(config.policy, offer.contract, terms, identity.name)
     check_own_key(offer.roster, identity)
     if not yes and not click.confirm(_QUESTION):
@@ -143,6 +144,9 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
     mine = load_accepted(config)
     check_policy(config.policy, mine.contract, Terms.of(mine.contract, mine.roster), identity.name)
     check_own_key(mine.roster, identity)
+    if mine.contract.plan.privacy is not None:
+        for line in _place(config, path):
+            say(f"{identity.name}: {line}")
     with image_progress() as progress:
         taking_part = take_part(
             config,
@@ -250,6 +254,12 @@ for _command in (adapters.personalize, adapters.export):
     main.add_command(_command)
 for _command in (privacy.budget, privacy.report, privacy.verify, privacy.audit):
     main.add_command(_command)
+
+
+def _place(config: SiloConfig, path: Path) -> list[str]:
+    """What a person should know of where the ledger lies."""
+    line = about_place(config, path.resolve().parent)
+    return [] if line is None else [line]
 
 
 async def _fetch_offer(identity: Identity, workdir: Path) -> tuple[Accepted, bytes | None]:

@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fedclip_secure.privacy.admission import Need
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.entries import Chain, Run
 from fedclip_secure.privacy.events import Event
 from fedclip_secure.privacy.units import Charges
+
+PLAN_DIGITS = 8  # of a plan's digest, to tell runs of one federation's name apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,9 @@ class Lifetime:
     epsilon: float  # spent
     cap_epsilon: float
     cap_delta: float
-    share: float  # `epsilon` of `cap_epsilon`
+    share: float  # spent of the limit's budget, the RDP that it allows: each round like another takes the same of it
     epsilon_held: float  # once unfinished runs have spent all that is kept for them, for the unit that then has most
+    share_held: float  # the same of the budget
     rounds_left: int  # as those of the newest run, beside what is kept; 0 before the first
     units: int  # that were ever in a set
     exhausted: int  # of these, units that could not pay for one more such round
@@ -79,16 +83,51 @@ def account_of(chain: Chain, charges: Charges, committed: Charges, cap: Cap | No
 
 def holders(runs: Iterable[Run]) -> str:
     """Runs that have room kept for them, for a person: which federation, at which silo, how many rounds."""
-    return ", ".join(f"{run.begin.federation} at {run.begin.silo}: {run.held} round(s)" for run in runs)
+    return ", ".join(
+        f"{run.begin.federation} at {run.begin.silo} (plan {run.begin.plan[:PLAN_DIGITS]}, begun {day(run.begin.at)}): "
+        f"{run.held} round(s)"
+        for run in runs
+    )
+
+
+def outlook(charges: Charges, committed: Charges, need: Need, cap: Cap) -> str:
+    """What is spent of a limit and what a run would add, for the unit charged most, and whether that fits.
+
+    `committed` has what other unfinished runs hold, too.
+    """
+    total, spent, kept = need.total, _most(charges, cap), _most(committed, cap)
+    said = (
+        f"policy.max_epsilon is {cap.epsilon:g} (delta {cap.delta:g}): of the limit's budget the unit charged most has "
+        f"spent {percent(spent / cap.budget)} (epsilon {cap.epsilon_of(spent):.4g})"
+    )
+    if kept > spent:
+        said += f", and {percent(kept / cap.budget)} with what is kept for other unfinished runs"
+    if total is None:
+        return f"{said}; nothing more of this run is to be paid for"
+    added = cap.cost((total,))
+    said += f"; this run adds at most {percent(added / cap.budget)}"
+    if added > cap.budget:
+        return f"{said}: it does not fit, not even for a unit that has spent nothing"
+    if _most(committed, cap, total) > cap.budget:
+        return f"{said}: it does not fit for that unit; `train` leaves out units that cannot pay for all of it"
+    return f"{said}: it fits for every unit"
+
+
+def percent(share: float) -> str:
+    """A share, for a person."""
+    return f"{100 * share:.1f} %"
+
+
+def day(at: int) -> str:
+    """A time of an entry, for a person."""
+    return time.strftime("%Y-%m-%d", time.gmtime(at))
 
 
 def remembered(chain: Chain, units: int) -> str | None:
     """How old a ledger is, and what it knows; None before its first entry."""
     if not chain.entries:
         return None
-    first, newest = (
-        time.strftime("%Y-%m-%d", time.gmtime(entry.at)) for entry in (chain.entries[0], chain.entries[-1])
-    )
+    first, newest = (day(entry.at) for entry in (chain.entries[0], chain.entries[-1]))
     runs = Counter(run.begin.federation for run in chain.runs.values())
     named = ", ".join(f"{count} of {federation}" for federation, count in runs.items())
     unit = next(iter(chain.runs.values())).begin.unit
@@ -124,18 +163,23 @@ def _run_account(run: Run) -> RunAccount:
 
 
 def _lifetime(charges: Charges, committed: Charges, cap: Cap, newest: Event | None) -> Lifetime:
-    spent, kept = charges.spent(cap), committed.spent(cap)
-    epsilon, most = cap.epsilon_of(float(spent.max(initial=0.0))), float(kept.max(initial=0.0))
+    spent, most = _most(charges, cap), _most(committed, cap)
     return Lifetime(
-        epsilon=epsilon,
+        epsilon=cap.epsilon_of(spent),
         cap_epsilon=cap.epsilon,
         cap_delta=cap.delta,
-        share=epsilon / cap.epsilon,
+        share=spent / cap.budget,
         epsilon_held=cap.epsilon_of(most),
+        share_held=most / cap.budget,
         rounds_left=cap.rounds_that_fit(most, newest) if newest else 0,
-        units=len(spent),
+        units=len(charges.steps),
         exhausted=int((committed.spent(cap, newest) > cap.budget).sum()) if newest else 0,
     )
+
+
+def _most(charges: Charges, cap: Cap, more: Event | None = None) -> float:
+    """RDP of the unit that has most."""
+    return float(charges.spent(cap, more).max(initial=0.0))
 
 
 @functools.lru_cache(maxsize=1024)  # the runs of a ledger have few kinds of terms

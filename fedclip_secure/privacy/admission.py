@@ -56,16 +56,21 @@ def fitting(mine: Numbers, charges: Charges, need: Need, cap: Cap | None) -> npt
 
 
 def nobody_fits(
-    mine: Numbers, charges: Charges, committed: Charges, need: Need, cap: Cap | None, *, held_by: str
+    mine: Numbers, charges: Charges, committed: Charges, need: Need, cap: Cap | None, *, held_by: str, could_pay: bool
 ) -> PolicyError:
-    """Why no unit can take part, what would fit, and what to do. `committed` has what unfinished runs hold, too."""
-    if cap is not None and need.total is None:
+    """Why no unit can take part, what would fit, and what to do. `committed` has what unfinished runs hold, too.
+
+    `could_pay`: some could, and were left out of the run before.
+    """
+    if cap is None or could_pay:
+        return PolicyError(
+            "every unit of the data was left out when the run began, or cannot pay for it; restore the data of the run"
+        )
+    if need.total is None:
         return PolicyError(
             f"every unit has spent more than policy.max_epsilon {cap.epsilon:g} allows; nothing of this run is left to "
             "pay for, so set the limit back to what it was to see it end"
         )
-    if cap is None or need.total is None:
-        return PolicyError("every unit of the data was left out when the run began; restore the data of the run")
     taken = committed.spent(cap)[mine]
     least = int(taken.argmin())
     spent = float(charges.spent(cap)[mine][least])

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.privacy.document import Assumption, State
+from fedclip_secure.privacy.limits import Bound
 
 Verdict = Literal["passed", "failed"] | None
 Ran = Literal["nothing", "unrecorded", "one", "several"]  # codes that the ledger names for a run
@@ -26,8 +27,7 @@ class Evidence:
     audited: Audited | None  # None: there is nothing to compare
     audit_time: AuditTime | None  # as above
     features: str | None  # as the ledger has it; None: nothing was begun
-    limit: bool
-    every_run_fits: bool  # even a unit in every run of the ledger is within the limit
+    bound: Bound  # what holds over all runs of the ledger
     clock_was_wrong: bool = False  # as the ledger has it
 
 
@@ -71,9 +71,9 @@ def _features(evidence: Evidence) -> Assumption:
 
 
 def _lifetime(evidence: Evidence) -> Assumption:
-    if not evidence.limit:
-        return _NO_LIMIT
-    return _ALL_RUNS_FIT if evidence.every_run_fits else _LIMIT_KEPT
+    if evidence.version == 1 and evidence.bound == "fits":
+        return _FIRST_ALL_RUNS_FIT
+    return _BOUND[evidence.bound]
 
 
 def _of(name: str, text: str, state: State, because: str) -> Assumption:
@@ -290,24 +290,55 @@ _DELTA = _of(
     "stated",
     "The silo checks it at home, since the number itself is not given out.",
 )
-_NO_LIMIT = _of(
-    "no-limit",
-    "Runs on the same data do not add up without end",
-    "open",
-    "The silo has set no limit over its runs. Nothing is claimed beyond this one.",
-)
-_ALL_RUNS_FIT = _of(
-    "all-runs-fit",
-    "Runs on the same data do not add up without end",
-    "shown",
-    "Even a unit that was in every run of this ledger is within the silo's limit.",
-)
-_LIMIT_KEPT = _of(
-    "limit-kept",
-    "Runs on the same data do not add up without end",
-    "stated",
-    "The silo leaves out whatever reached its limit; which units these are is not given out.",
-)
+_BOUND: dict[Bound, Assumption] = {
+    "none": _of(
+        "no-limit",
+        "Runs on the same data do not add up without end",
+        "open",
+        "The silo has set no limit over its runs. Nothing is claimed beyond this one.",
+    ),
+    "raised": _of(
+        "limit-raised",
+        "Runs on the same data do not add up without end",
+        "open",
+        "The silo's limit was raised after a run of this ledger, or it was taken away for a time. What held for the "
+        "old limit does not hold for the new one: over all runs together no figure is promised.",
+    ),
+    "above": _of(
+        "limit-below-run",
+        "Runs on the same data do not add up without end",
+        "open",
+        "This run as a whole is above the limit that the silo has today: the limit was lowered, or set, since the run "
+        "began, or the silo will not train it to its end.",
+    ),
+    "lowered": _of(
+        "limit-lowered",
+        "Runs on the same data do not add up without end",
+        "open",
+        "The silo's limit is lower than it was at an earlier run of this ledger, or there was none then. What was "
+        "spent before may be above the limit of today.",
+    ),
+    "unrecorded": _of(
+        "limit-unrecorded",
+        "Runs on the same data do not add up without end",
+        "stated",
+        "The silo leaves out whatever reached its limit. That this limit stood from the first run on is its word: the "
+        "ledger does not record it for every run.",
+    ),
+    "fits": _of(
+        "runs-fit",
+        "Runs on the same data do not add up without end",
+        "shown",
+        "Even a unit that was in every run of this ledger is within the silo's limit, and the ledger records this "
+        "limit for each of the runs.",
+    ),
+    "kept": _of(
+        "limit-kept",
+        "Runs on the same data do not add up without end",
+        "stated",
+        "The silo leaves out whatever reached its limit; which units these are is not given out.",
+    ),
+}
 _PLAIN_MASKS = _of(
     "masks",
     "The masks of secure aggregation hold",
@@ -339,4 +370,10 @@ _FIRST_FEATURES = _of(
     "Each feature depends on its own record alone",
     "stated",
     "The program computed them with the encoder of the plan, one image at a time.",
+)
+_FIRST_ALL_RUNS_FIT = _of(
+    "all-runs-fit",
+    "Runs on the same data do not add up without end",
+    "shown",
+    "Even a unit that was in every run of this ledger is within the silo's limit.",
 )

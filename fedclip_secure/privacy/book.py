@@ -92,13 +92,20 @@ class Book:
         Raises:
             DataError: the clock is behind the newest entry.
         """
-        now, entries = self.hour(), self.chain.entries
-        if entries and now < entries[-1].at:
-            raise DataError(
-                f"{self.path}: its newest entry is of {told(entries[-1].at)}, and the clock is behind that; set the "
-                "clock, or if it was wrong when that was written, run `fedclip-silo budget --clock-was-wrong`"
-            )
-        return now
+        behind = self.behind()
+        if behind is not None:
+            raise DataError(behind)
+        return self.hour()
+
+    def behind(self) -> str | None:
+        """That the clock is behind the newest entry, and what to do; None where it is not."""
+        entries = self.chain.entries
+        if not entries or self.hour() >= entries[-1].at:
+            return None
+        return (
+            f"{self.path}: its newest entry is of {told(entries[-1].at)}, and the clock is behind that; set the clock, "
+            "or if it was wrong when that was written, run `fedclip-silo budget --clock-was-wrong`"
+        )
 
     def write(self, values: dict[str, Any]) -> SignedEntry:
         """Sign and write the next entry."""

@@ -41,6 +41,13 @@ Time = Annotated[int, Field(ge=0, le=2**53)]  # seconds since 1970
 _SINCE_2 = {"code", "patients"}  # fields of a begin entry
 
 
+class SetLimit(Strict):
+    """What a silo had set as its limit over all runs."""
+
+    epsilon: Annotated[Real, Field(gt=0)]
+    delta: Annotated[Real, Field(gt=0, lt=1)]
+
+
 class _Entry(Strict):
     """What every entry has."""
 
@@ -80,11 +87,14 @@ class Begin(_Entry):
     features: Literal["computed here", "stated to be per record"]
     code: Sha256 | None = None  # of the program that is to train; from version 2 on, as `patients`
     patients: list[Normalisation] | None = None  # what was done to patients' ids; nothing where units are records
+    limit: SetLimit | None = None  # that the silo held it to; None: to none; not given: that is not recorded
 
     @model_validator(mode="after")
     def _of_its_version(self) -> Begin:
         if self.model_fields_set & _SINCE_2 != (_SINCE_2 if self.version > 1 else set()):
             raise ValueError("code and patients go with version 2, and only with it")
+        if self.version == 1 and self.limits:
+            raise ValueError("limit goes with version 2, and only with it")
         if self.version > 1 and (self.code is None or self.patients is None):
             raise ValueError("code or patients is null")
         if self.normalised != [name for name in get_args(Normalisation) if name in self.normalised]:
@@ -97,6 +107,11 @@ class Begin(_Entry):
     def normalised(self) -> list[Normalisation]:
         """What was done to patients' ids; version 1 left them as they were."""
         return self.patients or []
+
+    @property
+    def limits(self) -> list[SetLimit | None]:
+        """The limit, where it is recorded."""
+        return [self.limit] if "limit" in self.model_fields_set else []
 
     @property
     def per_round(self) -> Event:
@@ -146,6 +161,14 @@ class Code(_NewerEntry):
     code: Sha256
 
 
+class Limited(_NewerEntry):
+    """From here on the silo holds the run to another limit, or to none."""
+
+    kind: Literal["limit"]
+    run: Hex16
+    limit: SetLimit | None
+
+
 class End(_NewerEntry):
     """Nothing is reserved in the run any more."""
 
@@ -159,7 +182,7 @@ class Clock(_NewerEntry):
     kind: Literal["clock"]
 
 
-Entry = Begin | Data | Reserve | Settle | Code | End | Clock
+Entry = Begin | Data | Reserve | Settle | Code | Limited | End | Clock
 _PARSER: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
 
 
@@ -224,12 +247,18 @@ class Run:
     settled: set[str] = field(default_factory=set)  # hashes of reservations
     rounds: set[int] = field(default_factory=set)  # that were ever reserved
     later_codes: list[str] = field(default_factory=list)
+    later_limits: list[SetLimit | None] = field(default_factory=list)
     ended: bool = False
 
     @property
     def codes(self) -> tuple[str, ...]:
         """Hashes of all programs that were to train it, in order, as far as entries name them: version 1 did not."""
         return (*([self.begin.code] if self.begin.code else []), *self.later_codes)
+
+    @property
+    def limits(self) -> tuple[SetLimit | None, ...]:
+        """All that it was held to, in order, as far as entries name them."""
+        return (*self.begin.limits, *self.later_limits)
 
     @property
     def trained(self) -> set[int]:
@@ -317,7 +346,7 @@ class Chain:
         elif not isinstance(entry, Clock):
             self._take_of_run(entry, self.runs[entry.run])
 
-    def _take_of_run(self, entry: Data | Reserve | Code | End, run: Run) -> None:
+    def _take_of_run(self, entry: Data | Reserve | Code | Limited | End, run: Run) -> None:
         if isinstance(entry, Data):
             self._sets.add(entry.set)
             run.sets.append(entry.set)
@@ -327,6 +356,8 @@ class Chain:
             self._reserved[self._head] = run
         elif isinstance(entry, Code):
             run.later_codes.append(entry.code)
+        elif isinstance(entry, Limited):
+            run.later_limits.append(entry.limit)
         else:
             run.ended = True
 
@@ -363,8 +394,10 @@ class Chain:
             self._check_new_set(entry.set)
         elif isinstance(entry, Code) and entry.code == next(reversed(run.codes), None):
             raise TrustError("it notes the program that its run has already")
+        elif isinstance(entry, Limited) and [entry.limit] == list(run.limits[-1:]):
+            raise TrustError("it notes the limit that its run has already")
 
-    def _run_of(self, entry: Data | Reserve | Settle | Code | End) -> Run:
+    def _run_of(self, entry: Data | Reserve | Settle | Code | Limited | End) -> Run:
         run = self._reserved.get(entry.reservation) if isinstance(entry, Settle) else self.runs.get(entry.run)
         if run is None:
             raise TrustError("it is about a run or a reservation that is not here")

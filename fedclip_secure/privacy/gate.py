@@ -73,12 +73,13 @@ def takes_part(
         PolicyError: none can.
     """
     committed = book.committed(new, besides=run)
-    fits = fitting(mine, committed, need, cap)
+    can_pay = fits = fitting(mine, committed, need, cap)
     for earlier in book.sets(run) if run else ():
-        fits &= ~np.isin(mine, earlier.left_out)
+        fits = fits & ~np.isin(mine, earlier.left_out)
     if not fits.any():
         charges = book.charges(new)
-        raise nobody_fits(mine, charges, committed, need, cap, held_by=holders(_holding(book, mine, run)))
+        held_by, could_pay = holders(_holding(book, mine, run)), bool(can_pay.any())
+        raise nobody_fits(mine, charges, committed, need, cap, held_by=held_by, could_pay=could_pay)
     return fits
 
 

@@ -21,12 +21,13 @@ import numpy as np
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.privacy import gate
-from fedclip_secure.privacy.account import Account, account_of, holders, remembered
+from fedclip_secure.privacy.account import Account, account_of, holders, outlook, remembered
 from fedclip_secure.privacy.admission import Need, check_delta
 from fedclip_secure.privacy.book import Book, told
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.entries import Run, SignedEntry
 from fedclip_secure.privacy.ledger_file import RESTORE
+from fedclip_secure.privacy.limits import as_entry, changed, limit_of
 from fedclip_secure.privacy.terms import RunTerms
 from fedclip_secure.privacy.units import Numbers
 
@@ -120,6 +121,29 @@ class Ledger:
         """How old it is and whose spending it knows, for the silo's own screen; None before the first entry."""
         return remembered(self._book.chain, len(self._book.units))
 
+    def check_clock(self) -> None:
+        """Check that the clock is not behind the newest entry.
+
+        Raises:
+            DataError: it is.
+        """
+        self._book.now()
+
+    def warnings(self, cap: Cap | None) -> list[str]:
+        """What a person should know before more is spent: a clock that is behind, a limit that was changed."""
+        found = (self._book.behind(), changed(self._book.chain, self._book.silo, cap))
+        return [line for line in found if line is not None]
+
+    def has_run(self, plan: bytes, roster: bytes) -> bool:
+        """Whether this silo's run of a plan was begun here."""
+        return self._book.chain.found(self._book.silo, plan.hex(), roster.hex()) is not None
+
+    def outlook(self, plan: bytes, roster: bytes, whole: Need, cap: Cap) -> str:
+        """What is spent of a limit, and what this silo's run of a plan, `whole` from its begin, may still add to it."""
+        run = self._book.chain.found(self._book.silo, plan.hex(), roster.hex())
+        need = Need(whole.per_round, run.held if run else whole.rounds)
+        return outlook(self._book.charges(), self._book.committed(besides=run), need, cap)
+
     def units_of(self, plan: bytes, roster: bytes) -> int:
         """How many units this silo's run of a plan has now, for its own eyes; 0 before it begins."""
         run = self._book.chain.found(self._book.silo, plan.hex(), roster.hex())
@@ -156,7 +180,7 @@ class Ledger:
             admitted, left_out = mine[takes_part], mine[~takes_part]
             name = os.urandom(16).hex() if run is None else run.begin.run
             if run is None:
-                begin = {"kind": "begin", "run": name, **terms.fields()}
+                begin = {"kind": "begin", "run": name, **terms.fields(), "limit": as_entry(cap)}
                 self._book.write_with_set(begin, admitted, left_out, members.new)
             elif not run.ended and gate.differs(self._book, run, admitted, left_out, changed_data):
                 self._book.write_with_set({"kind": "data", "run": name}, admitted, left_out, members.new)
@@ -174,14 +198,15 @@ class Ledger:
             ConfigError: it has no such run.
             DataError: the clock is behind, or the disk refuses.
         """
-        mine = [run for run in self._book.holding(None) if run.begin.silo == self._book.silo]
-        chosen = [run for run in mine if run.begin.federation == federation]
-        if not chosen:
-            raise ConfigError(
-                f"{self._book.path}: {self._book.silo} has no unfinished run of a federation {federation} here; "
-                f"unfinished are: {holders(self._book.holding(None)) or 'none'}"
-            )
-        return sum(self._end(run) for run in chosen)
+        return sum(self._end(run) for run in self._unfinished(federation))
+
+    def unfinished(self, federation: str) -> str:
+        """This silo's unfinished runs of a federation, for a person.
+
+        Raises:
+            ConfigError: it has no such run.
+        """
+        return holders(self._unfinished(federation))
 
     def mend_clock(self) -> None:
         """Note that the clock was wrong, so that entries may go on at the time that it shows now.
@@ -202,6 +227,7 @@ class Ledger:
         """As `OpenRun.reserve`."""
         run = self._usable(opened)
         self._note_code(run, opened.code)
+        self._note_limit(run, opened.cap)
         with self._book.writing():
             begin, retrain = run.begin, run.retrains + (round_number in run.rounds)
             gate.check_round(run, round_number)
@@ -225,12 +251,29 @@ class Ledger:
 
     # Within
 
+    def _unfinished(self, federation: str) -> list[Run]:
+        mine = [run for run in self._book.holding(None) if run.begin.silo == self._book.silo]
+        chosen = [run for run in mine if run.begin.federation == federation]
+        if not chosen:
+            raise ConfigError(
+                f"{self._book.path}: {self._book.silo} has no unfinished run of a federation {federation} here; "
+                f"unfinished are: {holders(self._book.holding(None)) or 'none'}"
+            )
+        return chosen
+
     def _note_code(self, run: Run, code: str) -> None:
         if code in run.codes[-1:]:
             return
         with self._book.writing():
             if not run.ended:
                 self._book.write({"kind": "code", "run": run.begin.run, "code": code})
+
+    def _note_limit(self, run: Run, cap: Cap | None) -> None:
+        if limit_of(cap) in run.limits[-1:]:
+            return
+        with self._book.writing():
+            if not run.ended:
+                self._book.write({"kind": "limit", "run": run.begin.run, "limit": as_entry(cap)})
 
     def _end(self, run: Run) -> int:
         """How many rounds that frees."""

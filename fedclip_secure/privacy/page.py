@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.privacy import wording
+from fedclip_secure.privacy.account import percent
 from fedclip_secure.privacy.canonical_json import encode
 from fedclip_secure.privacy.curves import most_true_positives, over_rounds, profile, surely_reached
 from fedclip_secure.privacy.document import (
@@ -82,6 +83,7 @@ def _environment() -> Environment:
         "date": _date,
         "hour": _hour,
         "number": lambda value: f"{value:.6g}",
+        "percent": percent,
         "small": wording.small,
         "times": wording.times,
         "groups": _groups,
@@ -108,7 +110,7 @@ def _of_silo(report: SiloReport) -> dict[str, Any]:
     if planned is not None and body.claim is not None:
         pairs = profile(planned, body.claim.epsilon)
         values["plots"] = {
-            "rounds": rounds_svg(over_rounds(planned), body.claim, body.limit),
+            "rounds": rounds_svg(over_rounds(planned), body.claim),
             "profile": profile_svg(pairs, body.claim),
             "roc": roc_svg(pairs, surely_reached(body.audit.attack) if body.audit and body.audit.attack else None),
         }

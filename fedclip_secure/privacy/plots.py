@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedclip_secure.privacy.curves import Curve, most_true_positives
-from fedclip_secure.privacy.document import Claim, Limit
+from fedclip_secure.privacy.document import Claim
 from fedclip_secure.privacy.wording import small
 
 _ROLES = {"ink": "#010101", "faint": "#020202", "grid": "#030303", "line": "#040404", "warn": "#050505"}
@@ -47,8 +47,8 @@ _STYLE: dict[str, object] = {
 }
 
 
-def rounds_svg(curve: Curve, claim: Claim, limit: Limit | None) -> str:
-    """Epsilon over rounds: what is reserved, what the plan may still take, and the silo's limit at the same delta."""
+def rounds_svg(curve: Curve, claim: Claim) -> str:
+    """Epsilon over rounds: what is reserved, and what the plan may still take. The silo's limit counts otherwise."""
     rounds, epsilons = curve.x, curve.y
     spent = claim.spent.reservations
     with _drawing("rounds") as (axes, out):
@@ -59,8 +59,6 @@ def rounds_svg(curve: Curve, claim: Claim, limit: Limit | None) -> str:
             axes.plot(spent, claim.spent.epsilon, "o", color=_ROLES["line"], label=f"spent: {claim.spent.epsilon:.2f}")
         whole = f"whole plan: {epsilons[-1]:.2f}"
         axes.plot(rounds[-1], epsilons[-1], "o", mfc="none", color=_ROLES["line"], label=whole)
-        if limit is not None and limit.delta == claim.delta:
-            axes.axhline(limit.epsilon, color=_ROLES["warn"], label=f"limit over all runs: {limit.epsilon:g}")
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set(xlabel="rounds trained, retrains included", ylabel="ε", xlim=(0, None), ylim=(0, None))
         axes.legend(loc="lower right")

@@ -42,6 +42,7 @@ from fedclip_secure.privacy.document import (
 )
 from fedclip_secure.privacy.entries import Chain, Clock, Reserve, Run, Settle, SignedEntry, chain_of
 from fedclip_secure.privacy.figures import Charges, accounting, claimed, epsilon, groups
+from fedclip_secure.privacy.limits import bound_of
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 
@@ -139,7 +140,9 @@ def report_body(facts: SiloFacts) -> dict[str, Any]:
         scope=wording.scope(plan),
         not_covered=wording.not_covered(plan),
         trust=wording.trust(plan),
-        assumptions=assumptions(plan, evidence(history, ledger, figures, facts.audit, lifetime, version=VERSION)),
+        assumptions=assumptions(
+            plan, evidence(history, ledger, figures, facts.audit, lifetime, silo=facts.silo, version=VERSION)
+        ),
         mechanism=mechanism(facts.contract, planned) if planned else None,
         accounting=figures,
         lifetime=lifetime,
@@ -226,6 +229,7 @@ def evidence(
     audit: Audit | None,
     lifetime: Lifetime | None,
     *,
+    silo: str,
     version: int,
 ) -> Evidence:
     """What the states of the assumptions follow from, in a report of `version`."""
@@ -238,8 +242,7 @@ def evidence(
         audited=_audited(audit, history.run),
         audit_time=_audit_time(audit, history.run),
         features=history.run.begin.features if history.run else None,
-        limit=lifetime is not None,
-        every_run_fits=lifetime is not None and lifetime.every_run <= lifetime.budget,
+        bound=bound_of(history.chain, silo, lifetime, version),
         clock_was_wrong=any(isinstance(entry, Clock) for entry in history.chain.entries),
     )
 

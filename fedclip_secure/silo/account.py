@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -11,14 +12,26 @@ import numpy.typing as npt
 
 from fedclip_secure.config.silo import EmbeddingsData, Policy, SiloConfig
 from fedclip_secure.errors import ConfigError, DataError, TrustError
+from fedclip_secure.files import write_atomically
 from fedclip_secure.names import AGGREGATOR, Normalisation
 from fedclip_secure.pki.identity import Identity
+from fedclip_secure.privacy.account import outlook
+from fedclip_secure.privacy.admission import Need
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.ledger import Ledger, OpenRun
+from fedclip_secure.privacy.ledger_file import RESTORE
+from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.privacy.terms import RunTerms
+from fedclip_secure.privacy.units import Charges
 from fedclip_secure.silo.pins import Accepted
+
+ENDED = (
+    "this silo's run was ended, by `fedclip-silo budget --end` or as the federation came to its end, and nothing more "
+    "is paid for in it; to train again this silo needs a new plan from the coordinator"
+)
+_UNLIMITED = "no policy.max_epsilon in silo.yaml: nothing limits the sum of runs"
 
 
 def run_terms(config: SiloConfig, accepted: Accepted) -> RunTerms:
@@ -82,13 +95,73 @@ def open_ledger(config: SiloConfig, identity: Identity) -> Ledger:
     return ledger
 
 
+def ledger_of_run(config: SiloConfig, identity: Identity, accepted: Accepted, receipts: Sequence[bytes]) -> Ledger:
+    """As `open_ledger`, for a run with the receipts that this silo kept; where it is refused, nothing was made.
+
+    Raises:
+        TrustError: besides, the run was begun with another ledger.
+    """
+    folder, begun = ledger_folder(config), begun_with(config, accepted)
+    opened = [open_receipt(wire, dict(accepted.roster.members)[AGGREGATOR]) for wire in receipts]
+    uploaded = any(receipt.plan == accepted.contract.digest for receipt in opened)
+    elsewhere = begun is not None and begun != folder
+    if not ledger_exists(config) and (elsewhere or (begun is None and uploaded and not _notes(config))):
+        raise _of_another(folder, begun, accepted)
+    if not ledger_exists(config) and begun is not None and not _notes(config):
+        raise TrustError(
+            f"{folder}: is gone, and the run of federation {accepted.contract.plan.federation} was begun with it; put "
+            "its newest backup there; without it what was spent would be spent twice"
+        )
+    ledger = open_ledger(config, identity)
+    if (begun or uploaded) and not ledger.has_run(accepted.contract.digest, accepted.roster.digest):
+        ledger.close()
+        if begun is not None and not elsewhere:
+            raise TrustError(
+                f"{folder}: lacks the run of federation {accepted.contract.plan.federation}, which was begun with it, "
+                f"so it is not the newest, and what was spent since would be spent twice; {RESTORE}"
+            )
+        raise _of_another(folder, begun, accepted)
+    return ledger
+
+
+def _of_another(folder: Path, begun: Path | None, accepted: Accepted) -> TrustError:
+    there, back = ("another ledger", "") if begun is None else (f"the ledger {begun}", f" to {begun}")
+    return TrustError(
+        f"silo.yaml: `ledger` names {folder}, and the run of federation {accepted.contract.plan.federation} was begun "
+        f"with {there}, which knows what it spent; set `ledger` back{back}, or move that whole folder, and the file "
+        "beside it that ends in .head, to where silo.yaml says"
+    )
+
+
+def _begun_note(config: SiloConfig) -> Path:
+    return Path(config.workdir) / "ledger.json"
+
+
+def begun_with(config: SiloConfig, accepted: Accepted) -> Path | None:
+    """The ledger that the accepted run was begun with, where that is noted."""
+    path = _begun_note(config)
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        return Path(kept["ledger"]) if (kept["plan"], kept["roster"]) == _pins(accepted) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: which ledger the run was begun with cannot be read; delete it, if `ledger` in silo.yaml is that"
+        ) from error
+
+
+def _pins(accepted: Accepted) -> tuple[str, str]:
+    return accepted.contract.pin, accepted.roster.pin
+
+
 def existing_ledger(config: SiloConfig, identity: Identity) -> Ledger:
     """As `open_ledger`, but none is begun.
 
     Raises:
         ConfigError: there is none.
     """
-    if not ledger_exists(config) and not _notes(config):
+    if not is_begun(config):
         raise ConfigError(
             f"{ledger_folder(config)}: there is no ledger; `ledger` in silo.yaml names it, and `train` begins it"
         )
@@ -110,18 +183,42 @@ def ledger_exists(config: SiloConfig) -> bool:
     return (ledger_folder(config) / "ledger.sqlite").exists()
 
 
-def about_ledger(config: SiloConfig, identity: Identity) -> str:
-    """Which ledger a run is written into, how old it is and what it remembers; none is begun."""
-    if not ledger_exists(config) and not _notes(config):
-        return _about(config, None)
+def is_begun(config: SiloConfig) -> bool:
+    """Whether there is a ledger, or was one."""
+    return ledger_exists(config) or bool(_notes(config))
+
+
+def about_ledger(config: SiloConfig, identity: Identity, offer: Accepted) -> list[str]:
+    """Which ledger a run is written into, what it remembers, and how the offered plan fits; none is begun."""
+    cap, planned = cap_of(config.policy), PlannedRun.of(offer.contract)
+    need = None if planned is None else Need(planned.per_round, planned.rounds)
+    if not is_begun(config):
+        nothing = Charges.of((), 0)
+        fits = [outlook(nothing, nothing, need, cap)] if need and cap else []
+        return [*_about(config, None), *(fits or [_UNLIMITED])]
     with closing(open_ledger(config, identity)) as ledger:
-        return _about(config, ledger.remembered())
+        fits = [ledger.outlook(offer.contract.digest, offer.roster.digest, need, cap)] if need and cap else []
+        return [*_about(config, ledger), *(fits or [_UNLIMITED])]
 
 
-def _about(config: SiloConfig, remembered: str | None) -> str:
-    if remembered is None:
-        return f"begins a new ledger at {ledger_folder(config)}; nothing spent before is remembered"
-    return f"ledger {ledger_folder(config)}: {remembered}"
+def _about(config: SiloConfig, ledger: Ledger | None) -> list[str]:
+    remembered = ledger.remembered() if ledger else None
+    if ledger is None or remembered is None:
+        return [f"begins a new ledger at {ledger_folder(config)}; nothing spent before is remembered"]
+    return [f"ledger {ledger_folder(config)}: {remembered}", *ledger.warnings(cap_of(config.policy))]
+
+
+def about_place(config: SiloConfig, home: Path) -> str | None:
+    """That the ledger lies inside of this silo's own folder, that of silo.yaml; None where it does not."""
+    folder, own = ledger_folder(config), (home, Path(config.workdir), Path(config.identity))
+    around = next((place for place in own if folder.is_relative_to(place.resolve())), None)
+    if around is None:
+        return None
+    return (
+        f"ledger {folder} lies inside of {around.resolve()}, this silo's own folder: what is spent in federations with "
+        "another folder is not counted here, nor this there; before the first run, name one folder for the whole "
+        "organisation as `ledger` in silo.yaml"
+    )
 
 
 def note_of(config: SiloConfig) -> Path:
@@ -136,6 +233,17 @@ def _notes(config: SiloConfig) -> list[Path]:
     """Those that there are. Where `ledger` is a link, version 0.1 kept its note beside that."""
     places = dict.fromkeys((note_of(config), Path(f"{Path(config.ledger)}.head")))
     return [place for place in places if place.exists()]
+
+
+def unfinished(config: SiloConfig, identity: Identity, federation: str) -> str:
+    """This silo's unfinished runs of a federation, for a person.
+
+    Raises:
+        ConfigError: there is no ledger, or no such run.
+        DataError, TrustError: as `open_ledger`.
+    """
+    with closing(existing_ledger(config, identity)) as ledger:
+        return ledger.unfinished(federation)
 
 
 def end_runs(config: SiloConfig, identity: Identity, federation: str) -> int:
@@ -173,30 +281,49 @@ def _noted(path: Path) -> bytes:
 class Account:
     """Charges one run. Others of the organisation may write into the ledger meanwhile."""
 
-    def __init__(self, ledger: Ledger, terms: RunTerms, cap: Cap | None, aggregator: bytes, note: Path) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        terms: RunTerms,
+        cap: Cap | None,
+        aggregator: bytes,
+        note: Path,
+        *,
+        begun: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`note` is for the newest entry, and outlives a ledger that is restored; `begun` is told when the run has."""
         self._ledger, self._terms, self._cap = ledger, terms, cap
-        self._note = note  # outlives a ledger that is restored from a backup
+        self._note, self._begun = note, begun
         self._aggregator = aggregator  # public key
         self._run: OpenRun | None = None
 
     @classmethod
-    def opened(cls, config: SiloConfig, identity: Identity, accepted: Accepted) -> Account:
-        """The account of the accepted run.
+    def opened(
+        cls, config: SiloConfig, identity: Identity, accepted: Accepted, receipts: Sequence[bytes] = ()
+    ) -> Account:
+        """The account of the accepted run; `receipts` are those that this silo kept of it.
 
         Raises:
-            DataError: another process holds the ledger for long, or the disk refuses. TrustError: it was edited.
+            DataError: another process holds the ledger for long, or the disk refuses.
+            TrustError: it was edited, or is not the one that the run was begun with.
         """
         aggregator = dict(accepted.roster.members)[AGGREGATOR]
-        ledger, cap = open_ledger(config, identity), cap_of(config.policy)
-        return cls(ledger, run_terms(config, accepted), cap, aggregator, note_of(config))
+        ledger, cap = ledger_of_run(config, identity, accepted, receipts), cap_of(config.policy)
+
+        def begun() -> None:
+            plan, roster = _pins(accepted)
+            kept = {"plan": plan, "roster": roster, "ledger": str(ledger_folder(config))}
+            write_atomically(_begun_note(config), f"{json.dumps(kept, indent=2)}\n".encode())
+
+        return cls(ledger, run_terms(config, accepted), cap, aggregator, note_of(config), begun=begun)
 
     def close(self) -> None:
         """Close the ledger."""
         self._ledger.close()
 
-    def about(self, config: SiloConfig) -> str:
-        """Which ledger it is, how old, and what it remembers."""
-        return _about(config, self._ledger.remembered())
+    def about(self, config: SiloConfig) -> list[str]:
+        """Which ledger it is, how old, what it remembers, and what a person should know of it."""
+        return _about(config, self._ledger)
 
     def check(self, receipts: Sequence[bytes], newest: bytes | None) -> None:
         """Hold the ledger against the receipts that this silo kept, and the newest that the server has.
@@ -216,6 +343,7 @@ class Account:
         ids = [row.tobytes() for row in units]
         self._run = self._ledger.open_run(self._terms, ids, self._cap, changed_data=changed_data)
         self._note_head()
+        self._begun()
         return np.array([unit in self._run.admitted for unit in ids], dtype=np.bool_)
 
     def told(self) -> str:
@@ -227,7 +355,12 @@ class Account:
         left_out = self._opened.left_out
         if left_out:
             said += f"; {left_out} {terms.unit}(s) whose budget is spent, or held by unfinished runs, are left out"
-        return f"{said}; the run was ended, no round can be paid for" if self._opened.state.ended else said
+        return f"{said}; {ENDED}" if self.ended else said
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is paid for in the run any more."""
+        return self._opened.state.ended
 
     @property
     def head(self) -> bytes:

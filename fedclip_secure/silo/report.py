@@ -17,7 +17,7 @@ from fedclip_secure.privacy.document import Audit, Estimate, Limit, sign_report
 from fedclip_secure.privacy.entries import SignedEntry
 from fedclip_secure.privacy.report import SiloFacts, report_body
 from fedclip_secure.privacy.software import software
-from fedclip_secure.silo.account import open_ledger
+from fedclip_secure.silo.account import begun_with, is_begun, ledger_of_run
 from fedclip_secure.silo.outcome import adapter_folder, read_models
 from fedclip_secure.silo.pins import Accepted
 from fedclip_secure.silo.receipts import read_receipts
@@ -31,8 +31,8 @@ def make_report(config: SiloConfig, identity: Identity, accepted: Accepted, prv:
     `prv` is epsilon of the whole plan by a second accountant; None without privacy.
 
     Raises:
-        DataError: a file is at fault.
-        TrustError: the ledger was edited, or the journal is not the newest.
+        DataError: a file is at fault, or the clock is behind the ledger.
+        TrustError: the ledger was edited, or is another one, or the journal is not the newest.
     """
     policy, workdir = config.policy, Path(config.workdir)
     limit = None if policy.max_epsilon is None else Limit(epsilon=policy.max_epsilon, delta=policy.delta)
@@ -61,7 +61,10 @@ def _history(
     """The whole ledger, and this run's receipts: these first, so that the ledger has the entries that they are for."""
     roster = accepted.roster.digest
     receipts = read_receipts(Path(config.workdir), identity.epoch_path, roster)
-    with closing(open_ledger(config, identity)) as ledger:
+    if not is_begun(config) and not receipts and begun_with(config, accepted) is None:
+        return (), receipts
+    with closing(ledger_of_run(config, identity, accepted, receipts)) as ledger:
+        ledger.check_clock()
         units, entries = ledger.units_of(accepted.contract.digest, roster), tuple(ledger.entries())
     if config.units_at_least is not None and units and units < config.units_at_least:
         raise ConfigError(

@@ -52,11 +52,22 @@ class Budget(Protocol):
     def head(self) -> bytes:
         """Hash of the newest entry."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is paid for in the run any more."""
+
     def may_train(self, round_number: int) -> bool:
         """Whether this round may be trained, for the first time or again."""
 
     def charged(self, round_number: int) -> AbstractContextManager[None]:
         """Reserve what a round spends before the data are touched, and settle it after."""
+
+
+def _unpaid(budget: Budget, before: str = "") -> str:
+    """Why a round cannot be paid for."""
+    if budget.ended:
+        return "this silo's run was ended with `fedclip-silo budget --end`, and nothing more is paid for in it"
+    return f"{before}the plan's privacy.max_retrains are used up"
 
 
 class Runner:
@@ -203,11 +214,12 @@ class Runner:
         drawn, number = self._drawn(opening.ad), opening.ad.round
         trains = self._terms.trains(number) and (drawn is None or not self._usable(opening.ad, drawn))
         if trains and self._budget is not None and not self._budget.may_train(number):
-            why = "this silo stopped while it trained, and the plan's privacy.max_retrains are used up"
+            why = _unpaid(self._budget, "this silo stopped while it trained, and ")
             if not self._terms.absent_tolerated:
+                larger = "" if self._budget.ended else ", with a larger max_retrains"
                 raise PolicyError(
                     f"{self._name(opening)}: {why}; no silo may be absent from a round of this federation, so the run "
-                    "cannot go on: tell the coordinator, who needs a new federation, with a larger max_retrains"
+                    f"cannot go on: tell the coordinator, who needs a new federation{larger}"
                 )
             return why
         return ""
@@ -230,8 +242,8 @@ class Runner:
             raise ConfigError(f"there is nothing to give up in round {number}; leave out --abandon-round")
         if self._budget is not None and not self._budget.may_train(number):
             raise PolicyError(
-                f"round {number} cannot be given up: a new update would be trained and charged once more, and the "
-                "plan's privacy.max_retrains are used up; wait for the others, or for the next round"
+                f"round {number} cannot be given up: a new update would be trained and charged once more, and "
+                f"{_unpaid(self._budget)}; wait for the others, or for the next round"
             )
         self._journal.abandon(drawn)
         self._tell(f"{self._name(opening)}: given up; starting on it again with a new update")

@@ -58,15 +58,17 @@ async def take_part(
     with ExitStack() as stack:
         journal = Journal(workdir, identity.epoch_path)  # first of all: it keeps a second process out of this workdir
         stack.callback(journal.close)
-        account = Account.opened(config, identity, accepted) if terms.private else None
+        receipts = journal.receipts(terms.roster.digest)
+        account = Account.opened(config, identity, accepted, receipts) if terms.private else None
         if account is not None:
             stack.callback(account.close)
-            say(f"{identity.name}: {account.about(config)}")
+            for line in account.about(config):
+                say(f"{identity.name}: {line}")
         async with Client.of(identity, waiting) as client:
             link = Link(client, workdir)
             check_same(accepted, await link.offer(identity.server), identity.server)
             if account is not None:
-                account.check(journal.receipts(terms.roster.digest), await link.receipt())
+                account.check(receipts, await link.receipt())
             async with present(link, after=0):
                 await asyncio.sleep(_FIRST_SIGN)
                 inputs = await asyncio.to_thread(_load, config, contract, progress)

@@ -140,6 +140,8 @@ class Counted:
     def head(self) -> bytes:
         return head_of(self.name, self.entries)
 
+    ended = False
+
     def may_train(self, round_number: int) -> bool:
         return round_number not in self.rounds or self.again > 0
 

@@ -59,7 +59,7 @@ def run_of(codes: tuple[str, ...] | None) -> Any:
 def lines(ran: str, audit: str) -> dict[str, str]:
     """The states of all assumptions, by id."""
     history = History(SimpleNamespace(runs={}, entries=[]), run_of(RAN[ran]))  # type: ignore[arg-type]
-    found = evidence(history, None, None, AUDITS[audit], None, version=2)
+    found = evidence(history, None, None, AUDITS[audit], None, silo="oak", version=2)
     return {item.id: item.state for item in assumptions(contract().plan, found)}
 
 
@@ -86,5 +86,5 @@ def test_a_failed_or_partial_audit_is_never_said_to_have_passed() -> None:
     partial = AUDIT.model_copy(update={"self_tests": AUDIT.self_tests[:-1]})
     for audit, wanted in ((failed, "mechanism-failed"), (partial, "mechanism-untested"), (AUDIT, "mechanism-said")):
         history = History(SimpleNamespace(runs={}, entries=[]), run_of((A,)))  # type: ignore[arg-type]
-        found = evidence(history, None, None, audit, None, version=2)
+        found = evidence(history, None, None, audit, None, silo="oak", version=2)
         assert wanted in {item.id for item in assumptions(contract().plan, found)}

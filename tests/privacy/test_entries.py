@@ -256,6 +256,7 @@ def test_run_that_another_key_began_cannot_be_gone_on_with() -> None:
         ({"key": "ff" * 32}, "the signature is not by the key"),
         ({"key": None}, "key: "),
         ({"version": 1}, "code and patients go with version 2"),
+        ({"limit": {"epsilon": 8, "delta": 1e-5}}, "limit.epsilon: must have a decimal point"),
         ({"code": None}, "code or patients is null"),
         ({"patients": None}, "code or patients is null"),
         ({"code": "0c"}, "code: "),

@@ -201,7 +201,7 @@ def as_of_version_1(books: Books) -> None:
         rows = sql.execute("SELECT number, entry, signature FROM entries ORDER BY number").fetchall()
         for number, data, signature in rows:
             entry = json.loads(data)
-            kept = {name: value for name, value in entry.items() if name not in ("code", "patients")}
+            kept = {name: value for name, value in entry.items() if name not in ("code", "patients", "limit")}
             if "reservation" in kept:
                 kept["reservation"] = now[kept["reservation"]]
             key = KEYS[entry["silo"]]
@@ -223,7 +223,7 @@ def test_ledger_of_version_1_is_gone_on_with_and_its_units_stay_charged(books: B
     run = ledger.open_run(TERMS, units(range(4)), cap)
     assert (run.left_out, run.state.codes) == (0, ())
     run.settle(run.reserve(2))
-    assert kinds(ledger) == ["begin", "reserve", "settle", "code", "reserve", "settle"]
+    assert kinds(ledger) == ["begin", "reserve", "settle", "code", "limit", "reserve", "settle"]
     assert run.state.codes == ("0c" * 32,)
     ledger.end_runs("pets")
     assert ledger.open_run(terms(plan=2, rounds=5, max_retrains=0), units(range(6)), cap).admitted == {*units([4, 5])}
@@ -260,7 +260,9 @@ def test_what_an_unfinished_run_may_still_cost_is_kept_for_it(books: Books) -> N
     said = refused(ledger, PolicyError, "for a unit that has spent nothing", terms(plan=4), units([3, 4]), cap)
     held = cap.epsilon_of(7 * cap.cost((ONE,)))
     assert (
-        f"unfinished runs hold what may bring it to ε {held:.4g} (pets at lab-a: 4 round(s), pets at lab-a: 3" in said
+        f"unfinished runs hold what may bring it to ε {held:.4g} "
+        "(pets at lab-a (plan 70707070, begun 2027-01-15): 4 round(s), pets at lab-a (plan 00000000, begun 2027-01-15)"
+        in said
     )
     assert "; 0 such rounds would fit" in said
     assert "`fedclip-silo budget --end FEDERATION`" in said
@@ -270,7 +272,14 @@ def test_run_that_is_ended_frees_what_was_kept_for_it_and_reserves_nothing_more(
     ledger, cap = books.open(), cap_for(5.5)
     first = ledger.open_run(terms(federation="cats"), SOME, cap)
     first.settle(first.reserve(1))
-    refused(ledger, PolicyError, r"cats at lab-a: 3 round\(s\)", terms(plan=2), SOME, cap)
+    refused(
+        ledger,
+        PolicyError,
+        r"cats at lab-a \(plan 70707070, begun 2027-01-15\): 3 round\(s\)",
+        terms(plan=2),
+        SOME,
+        cap,
+    )
     assert books.open().end_runs("cats") == 3
     ledger = books.open()
     assert kinds(ledger) == ["begin", "reserve", "settle", "end"]
@@ -303,7 +312,7 @@ def test_only_a_run_of_ones_own_that_is_unfinished_can_be_ended(books: Books) ->
     train(ledger, 9, range(3), 1)
     for federation in ("pets", "lungs"):
         with pytest.raises(ConfigError, match=rf"lab-a has no unfinished run of a federation {federation} here; "
-                           r"unfinished are: pets at lab-b: 4 round\(s\)"):  # fmt: skip
+                           r"unfinished are: pets at lab-b \(plan 70707070, begun 2027-01-15\): 4 r"):  # fmt: skip
             ledger.end_runs(federation)
     assert kinds(ledger) == ["begin", "begin", "reserve", "settle"]
 
@@ -332,7 +341,7 @@ def test_round_of_a_run_that_is_trained_may_be_trained_again_if_others_leave_roo
     assert run.admitted == {*SOME}
     assert run.may_train(2)
     before = ledger.entries()
-    with pytest.raises(PolicyError, match=r"round 2 does not fit policy.max_epsilon .* hold .pets at lab-a: 4 round"):
+    with pytest.raises(PolicyError, match=r"round 2 does not fit policy.max_epsilon .* hold .pets at lab-a .* 4 round"):
         run.reserve(2)
     assert ledger.entries() == before
     books.open().end_runs("pets")
@@ -372,7 +381,7 @@ def test_unit_is_charged_each_reservation_of_each_set_that_held_it(books: Books)
     account = ledger.account(cap)
     assert account.lifetime is not None
     assert account.lifetime.epsilon == pytest.approx(cap.epsilon_of(cost))
-    assert account.lifetime.share == account.lifetime.epsilon / cap.epsilon
+    assert account.lifetime.share == pytest.approx(cost / cap.budget)
     assert account.lifetime.units == 6
 
 
@@ -413,6 +422,15 @@ def test_unit_that_was_left_out_stays_so_for_the_run(books: Books) -> None:
     ledger.open_run(wanted, units(range(1, 4)), cap, changed_data=True)
     run = ledger.open_run(wanted, units(range(5)), cap, changed_data=True)
     assert run.admitted == {*units([2, 3, 4])}
+
+
+def test_units_that_a_run_left_out_are_told_so_also_where_they_could_pay_for_what_is_left(books: Books) -> None:
+    ledger, cap, wanted = books.open(), cap_for(5), terms(rounds=4, max_retrains=0)
+    train(ledger, 1, range(2), 2)
+    ledger.open_run(wanted, units(range(4)), cap)
+    ledger.end_runs("pets")
+    said = "every unit of the data was left out when the run began, or cannot pay for it; restore the data of the run"
+    refused(ledger, PolicyError, said, wanted, units(range(2)), cap, changed_data=True)
 
 
 def test_rounds_of_another_run_meanwhile_never_bring_a_unit_above_the_cap(books: Books) -> None:
@@ -615,7 +633,8 @@ def test_account_tells_each_run_and_the_unit_charged_most(books: Books) -> None:
     assert after is not None
     assert (after.rounds_left, after.units, after.exhausted) == (0, 5, 2)
     assert math.isclose(after.epsilon, cap.epsilon_of(10 * cap.cost((ONE,))))
-    assert (after.share, after.epsilon_held) == (after.epsilon / cap.epsilon, after.epsilon)
+    assert after.share == after.share_held == pytest.approx(10 * cap.cost((ONE,)) / cap.budget)
+    assert after.epsilon_held == after.epsilon
 
 
 def test_account_is_plain_data(books: Books) -> None:

@@ -175,7 +175,7 @@ def test_assumptions_are_lit_by_facts_not_by_epsilon(facts: SiloFacts, body: dic
     assert states(body)["mechanism-said"] == "said"
     assert "tested" not in states(body).values()
     assert states(body)["ledger"] == "shown"
-    assert states(body)["all-runs-fit"] == "shown"
+    assert states(body)["runs-fit"] == "shown"
     bare = states(report_body(replace(facts, receipts=(), limit=None)))
     assert bare["ledger-unreceipted"] == "stated"
     assert bare["no-limit"] == "open"

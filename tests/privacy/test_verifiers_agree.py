@@ -248,7 +248,7 @@ def as_of_version_1(entries: list[Body], last: int | None = None) -> None:
     for entry in entries[:last]:
         entry["version"] = 1
         if entry["kind"] == "begin":
-            del entry["code"], entry["patients"]
+            del entry["code"], entry["patients"], entry["limit"]
 
 
 def one_by_one(*edits: Callable[[list[Body]], Any]) -> Callable[[list[Body]], None]:
@@ -324,6 +324,12 @@ TAKEN: dict[str, Callable[[list[Body]], Any]] = {
     ),
     "begun by version 0.1 and settled by this one": lambda entries: as_of_version_1(entries, -1),
     "another program before the last round": code_before_the_last_round,
+    "another limit before the last round": lambda entries: entries.insert(
+        -2,
+        {"kind": "limit", "run": entries[0]["run"], "limit": None, "was": "0" * 64}
+        | {name: entries[-1][name] for name in ("version", "at", "silo", "key")},
+    ),
+    "a limit that is not recorded": lambda entries: entries[0].pop("limit"),
     "a run that was ended": more("end"),
     "a clock that was wrong": more("clock", at=NOW - HOUR),
     "a clock that was wrong twice": one_by_one(more("clock", at=NOW - HOUR), more("clock", at=NOW - 2 * HOUR)),
@@ -340,6 +346,17 @@ LEDGERS |= {
     "patients twice": one_by_one(every("unit", "patient", ("begin",)), of_patients("casefold", "casefold")),
     "version 3": every("version", 3, ("begin", "reserve", "settle")),
     "begun by version 0.1 and gone on with by nobody knows what": lambda entries: as_of_version_1(entries, -2),
+    "the same limit again": more("limit", limit={"epsilon": 8.0, "delta": 1e-5}),
+    "a limit of no run": more("limit", limit=None, run="1" * 32),
+    "a limit of version 1": more("limit", limit=None, version=1),
+    "a limit of nothing": more("limit", limit={"epsilon": 0.0, "delta": 1e-5}),
+    "a limit that is whole": more("limit", limit={"epsilon": 8, "delta": 1e-5}),
+    "a limit without delta": more("limit", limit={"epsilon": 8.0}),
+    "a limit that nobody gives": more("limit"),
+    "a limit after the end": one_by_one(more("end"), more("limit", limit=None)),
+    "version 1 with a limit": one_by_one(
+        as_of_version_1, lambda entries: entries[0].update(limit={"epsilon": 8.0, "delta": 1e-5})
+    ),
     "the same program again": more("code", code="0c" * 32),
     "a program of no run": more("code", code="7" * 64, run="1" * 32),
     "a program of version 1": more("code", code="7" * 64, version=1),

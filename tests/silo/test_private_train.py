@@ -31,7 +31,16 @@ from fedclip_secure.privacy.ledger import Ledger
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.privacy.verify import verify
-from fedclip_secure.silo.account import Account, end_runs, mend_clock, note_of, open_ledger, run_terms
+from fedclip_secure.silo.account import (
+    Account,
+    about_place,
+    cap_of,
+    end_runs,
+    mend_clock,
+    note_of,
+    open_ledger,
+    run_terms,
+)
 from fedclip_secure.silo.outcome import adapter_folder
 from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted
 from fedclip_secure.silo.receipts import read_receipts
@@ -223,6 +232,237 @@ def test_a_silo_that_may_neither_train_again_nor_be_absent_stops_with_a_reason(t
     stopped = labs.alone(name)
     assert isinstance(stopped, PolicyError)
     assert "no silo may be absent from a round of this federation" in str(stopped)
+    assert "privacy.max_retrains are used up" in str(stopped)
+
+
+def test_train_says_of_a_run_that_was_ended_that_it_was_and_what_to_do(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    begun(labs, name, 1)
+    assert end_runs(labs.configs[name], labs.site.identities[name], "lung-xray") == 1
+    stopped = labs.alone(name)
+    assert isinstance(stopped, PolicyError)
+    assert (
+        "this silo's run was ended with `fedclip-silo budget --end`, and nothing more is paid for in it; no silo may "
+        "be absent from a round of this federation, so the run cannot go on: tell the coordinator, who needs a new "
+        "federation" in str(stopped)
+    )
+    assert "retrains" not in str(stopped)
+    told = "; this silo's run was ended, by `fedclip-silo budget --end` or as the federation came to its end, and "
+    assert any(f"{told}nothing more is paid for in it; to train again this" in line for line in labs.heard[name])
+
+
+def moved(labs: Labs, name: str, folder: Path) -> None:
+    """Let silo.yaml name another ledger."""
+    labs.configs[name] = labs.configs[name].model_copy(update={"ledger": str(folder)})
+
+
+def test_another_ledger_than_the_run_was_begun_with_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    ended = labs.run(**{silo.replace("-", "_"): {"say": copy_then_stop_at_one} for silo in SILOS})
+    assert all(isinstance(end, StoppedOnPurposeError) for end in ended)
+    old, new = Path(labs.configs[name].ledger), tmp_path / "elsewhere" / "ledger"
+    moved(labs, name, new)
+    said = (
+        f"silo.yaml: `ledger` names {new}, and the run of federation lung-xray was begun with the ledger {old}, which "
+        f"knows what it spent; set `ledger` back to {old}, or move that whole folder, and the file beside it that ends "
+        "in .head, to where silo.yaml says"
+    )
+    refused = labs.alone(name)
+    assert isinstance(refused, TrustError)
+    assert str(refused) == said
+    with pytest.raises(TrustError, match="was begun with the ledger"):
+        make_report(labs_pinned(labs, name), labs.site.identities[name], labs.accepted, None)
+    assert not new.parent.exists()
+    # The same where another federation has its ledger.
+    moved(labs, name, Path(labs.configs[SILOS[1]].ledger))
+    assert str(labs.alone(name)) == said.replace(str(new), str(labs.configs[name].ledger))
+    # As version 0.1 left it: no note, but receipts.
+    (Path(labs.configs[name].workdir) / "ledger.json").unlink()
+    moved(labs, name, new)
+    refused = labs.alone(name)
+    assert isinstance(refused, TrustError)
+    assert "was begun with another ledger, which knows what it spent; set `ledger` back, or move" in str(refused)
+    assert not new.parent.exists()
+
+
+def test_ledger_that_was_moved_with_its_note_is_gone_on_with(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    begun(labs, name, 1)
+    old, new = Path(labs.configs[name].ledger), tmp_path / "elsewhere" / "ledger"
+    new.parent.mkdir()
+    old.rename(new)
+    note_of(labs.configs[name]).rename(f"{new}.head")
+    moved(labs, name, new)
+    begun(labs, name, 2)
+    assert kinds(labs.entries(name)) == [Begin, *[Reserve, Settle] * 2]
+    assert json.loads((Path(labs.configs[name].workdir) / "ledger.json").read_text())["ledger"] == str(new)
+
+
+def test_ledger_that_is_gone_with_its_note_is_missed_by_the_run_that_was_begun_with_it(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    begun(labs, name, 1)
+    ledger = Path(labs.configs[name].ledger)
+    shutil.rmtree(ledger)
+    note_of(labs.configs[name]).unlink()
+    with pytest.raises(
+        TrustError, match=rf"^{ledger}: is gone, and the run of federation lung-xray was begun with it; put"
+    ):
+        begun(labs, name, 2)
+    assert not ledger.exists()
+    with closing(open_ledger(labs.configs[name], labs.site.identities[name])):  # somebody begins it anew
+        pass
+    with pytest.raises(
+        TrustError, match=r"lacks the run of federation lung-xray, which was begun with it, .*restore the"
+    ):
+        begun(labs, name, 2)
+
+
+def test_note_of_the_ledger_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    begun(labs, name)
+    note = Path(labs.configs[name].workdir) / "ledger.json"
+    for text in ("garbage", "[]", "{}", "\u1234"):
+        note.write_text(text)
+        with pytest.raises(DataError, match=rf"^{note}: which ledger the run was begun with cannot be read; delete it"):
+            begun(labs, name)
+
+
+def test_run_that_the_limit_was_lowered_below_is_still_reported(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    assert labs.run() == [None] * 3
+    policy = labs.configs[name].policy.model_copy(update={"max_epsilon": 0.8})
+    labs.configs[name] = labs.configs[name].model_copy(update={"policy": policy})
+    path = labs.folder / f"{name}.yaml"
+    path.write_text(path.read_text().replace("max_epsilon: 100.0", "max_epsilon: 0.8"))
+    assert command(labs, name, "report", "--out", str(tmp_path / "out")).startswith("0\n")
+    data = (tmp_path / "out" / "report.json").read_bytes()
+    assert verify(data).passed
+    last = json.loads(data)["body"]["assumptions"][-1]
+    assert (last["state"], last["because"].split(":")[0]) == (
+        "open",
+        "This run as a whole is above the limit that the silo has today",
+    )
+
+
+def test_every_command_that_reads_a_ledger_of_the_future_says_how_to_mend_it(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    config, identity = labs_pinned(labs, name), labs.site.identities[name]
+    ahead = Ledger(Path(config.ledger), name, identity.sign, identity.key.public_bytes, clock=lambda: 2_100_000_000.0)
+    with closing(ahead):
+        ahead.open_run(run_terms(config, labs.accepted), [row.tobytes() for row in unit_ids_of(labs, name)], None)
+
+    async def accept() -> str:
+        async with labs.site.serving():
+            return await asyncio.to_thread(command, labs, name, "accept", "--yes")
+
+    said = [command(labs, name, "budget"), command(labs, name, "report"), asyncio.run(accept())]
+    for told, code in zip(said, (0, 1, 0), strict=True):
+        assert told.startswith(f"{code}\n"), told
+        assert re.search(
+            r"ledger.sqlite: its newest entry is of 2036-.* UTC, and the clock is behind that; set the clock, or if "
+            r"it was wrong when that was written, run `fedclip-silo budget --clock-was-wrong`", told
+        )  # fmt: skip
+    assert json.loads(command(labs, name, "budget", "--json").splitlines()[1])["lifetime"]["share"] == 0
+
+
+def test_accept_shows_the_limit_what_is_spent_and_what_the_plan_adds(tmp_path: Path) -> None:
+    first, second, name = Labs.create(tmp_path / "first", cap=6.0), Labs.create(tmp_path / "second", cap=6.0), SILOS[0]
+    text = (second.folder / f"{name}.yaml").read_text()
+    shared = text.replace(second.configs[name].ledger, first.configs[name].ledger)
+
+    def accept(labs: Labs) -> str:
+        async def main() -> str:
+            async with labs.site.serving():
+                return await asyncio.to_thread(command, labs, name, "accept", "--yes")
+
+        return asyncio.run(main())
+
+    said = accept(first)
+    limit = r"policy.max_epsilon is 6 \(delta 1e-05\): of the limit's budget the unit charged most has spent "
+    (share,) = re.findall(limit + r"0.0 % \(epsilon 0\); this run adds at most ([0-9.]+) %: it fits for every", said)
+    begun(first, name, 1)
+    (second.folder / f"{name}.yaml").write_text(shared)
+    once = accept(second)
+    found = re.search(
+        limit + r"([0-9.]+) % \(epsilon [0-9.]+\), and ([0-9.]+) % with what is kept for other unfinished runs; this "
+        r"run adds at most ([0-9.]+) %: (it .*)", once
+    )  # fmt: skip
+    assert found, once
+    spent, kept, added = map(float, found.groups()[:3])
+    assert (kept, added) == (float(share), float(share))
+    assert spent == pytest.approx(kept / 2, abs=0.1)
+    assert found[4] == "it fits for every unit" if 2 * kept <= 100 else found[4].startswith("it does not fit for that")
+    budget = command(second, name, "budget")
+    assert f"has spent {spent} % of the limit's budget (epsilon " in budget
+    assert f"which may bring it to {kept} % of the limit's budget (epsilon " in budget
+    assert f"has spent {spent} %" in accept(first), "its own run is not counted twice"
+    assert f"this run adds at most {spent} %: it fits for every unit" in accept(first)
+
+
+def test_limit_that_was_changed_is_told_by_accept_and_train(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path, cap=90.0), SILOS[0]
+    begun(labs, name)
+    policy = labs.configs[name].policy.model_copy(update={"max_epsilon": 100.0})
+    labs.configs[name] = labs.configs[name].model_copy(update={"policy": policy})
+    path = labs.folder / f"{name}.yaml"
+    path.write_text(path.read_text().replace("max_epsilon: 90.0", "max_epsilon: 100.0"))
+
+    def stop(text: str) -> None:
+        if "privacy: epsilon at most" in text:
+            raise StoppedOnPurposeError
+
+    async def both() -> str:
+        async with labs.site.serving():
+            said = await asyncio.to_thread(command, labs, name, "accept", "--yes")
+            with pytest.raises(StoppedOnPurposeError):
+                await labs.train(name, stop)
+            return said
+
+    said = asyncio.run(both())
+    fact = "policy.max_epsilon was 90 (delta 1e-05) for the run of federation lung-xray (entry of 20"
+    assert fact in said
+    assert any(line.startswith(f"{name}: {fact}") for line in labs.heard[name])
+
+
+def test_ledger_inside_of_the_silos_own_folder_is_named_by_accept_and_train(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    path, ledger = labs.folder / f"{name}.yaml", labs.configs[name].ledger
+    assert about_place(labs.configs[name], path.parent) == (
+        f"ledger {ledger} lies inside of {labs.folder}, this silo's own folder: what is spent in federations with "
+        "another folder is not counted here, nor this there; before the first run, name one folder for the whole "
+        "organisation as `ledger` in silo.yaml"
+    )
+    inside = labs.configs[name].model_copy(update={"ledger": f"{labs.configs[name].workdir}/ledger"})
+    assert f"lies inside of {inside.workdir}, this" in str(about_place(inside, tmp_path / "other"))
+    beside = labs.configs[name].model_copy(update={"ledger": str(tmp_path / "shared" / "ledger")})
+    assert about_place(beside, tmp_path / "federation") is None
+
+    async def main() -> list[str]:
+        async with labs.site.serving():
+            return [await asyncio.to_thread(command, labs, name, "accept", "--yes")]
+
+    assert "this silo's own folder" in asyncio.run(main())[0]
+    labs.site.home.folder.rename(tmp_path / "server that is gone")
+    assert f"{name}: ledger {ledger} lies inside of {labs.folder}, this silo's own" in stopped_train(labs, name)
+
+
+def stopped_train(labs: Labs, name: str) -> str:
+    """What `train` prints until it waits for the server, which is down."""
+    code = "from fedclip_cli.silo import main; main()"
+    command = [sys.executable, "-c", code, "train", "--config", str(labs.folder / f"{name}.yaml")]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "400", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as made:
+        assert made.stdout is not None
+        heard = []
+        for line in made.stdout:
+            heard.append(line)
+            if "trying again" in line:
+                break
+        made.kill()
+    return "".join(heard)
 
 
 def unit_ids_of(labs: Labs, name: str) -> Any:
@@ -317,7 +557,7 @@ def test_data_that_changed_within_a_run_are_refused_until_a_person_says_so(tmp_p
     assert kinds(labs.entries(name)) == [Begin, Reserve, Settle, Data, Reserve, Settle]
 
 
-def command(labs: Labs, name: str, *words: str) -> str:
+def command(labs: Labs, name: str, *words: str, answer: str = "") -> str:
     """What another process of this silo prints, all of it."""
     words = (
         "-c",
@@ -330,8 +570,9 @@ def command(labs: Labs, name: str, *words: str) -> str:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "400"}
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=90, check=False, env=environment
-    )
+        [sys.executable, *words],
+        capture_output=True, text=True, timeout=90, check=False, env=environment, input=answer,
+    )  # fmt: skip
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
 
 
@@ -367,9 +608,12 @@ def test_budget_and_report_work_while_another_process_trains(tmp_path: Path) -> 
     budget, report = said
     assert "lung-xray (lab-a)" in budget
     assert re.search(
-        r"0\n.* 1 of 2 .*epsilon [0-9.]+ of 100 \([0-9]+ %\) spent .*; [0-9]+ more round", budget, re.DOTALL
+        r"0\n.* 1 of 2 .*has spent [0-9.]+ % of the limit's budget \(epsilon [0-9.]+ of 100, .*; [0-9]+ more round",
+        budget,
+        re.DOTALL,
     )
-    assert "lung-xray (lab-a): 1 round(s); `fedclip-silo budget --end FEDERATION` frees" in budget
+    plan = labs.accepted.contract.digest.hex()[:8]
+    assert f"lung-xray (lab-a, plan {plan}): 1 round(s); `fedclip-silo budget --end FEDERATION` frees" in budget
     assert report.startswith("0\n"), report
     body = json.loads((tmp_path / "out/report.json").read_bytes())["body"]
     assert (body["ledger"]["uploaded"], body["claim"]["spent"]["trained"]) == ([1], [1])
@@ -468,9 +712,18 @@ def test_budget_ends_a_run_that_will_never_be_finished(tmp_path: Path) -> None:
     begun(labs, name, 1)
     said = command(labs, name, "budget", "--end", "hearts")
     assert (
-        "lab-a has no unfinished run of a federation hearts here; unfinished are: lung-xray at lab-a: 1 round(" in said
+        "lab-a has no unfinished run of a federation hearts here; unfinished are: lung-xray at lab-a (plan "
+        f"{labs.accepted.contract.digest.hex()[:8]}, begun 20" in said
     )
     said = command(labs, name, "budget", "--end", "lung-xray")
+    assert re.search(
+        r"This ends for good: lung-xray at lab-a \(plan [0-9a-f]{8}, begun 20[-0-9]+\): 1 round\(s\)\. Nothing more "
+        r"can be trained there; what was spent stays spent, .* End it\? .*Aborted!", said
+    )  # fmt: skip
+    said = command(labs, name, "budget", "--end", "lung-xray", answer="n\n")
+    assert "error: nothing was ended; `fedclip-silo train` goes on with what is unfinished" in said
+    assert kinds(labs.entries(name)) == [Begin, Reserve, Settle]
+    said = command(labs, name, "budget", "--end", "lung-xray", "--yes")
     assert "ended: nothing more is paid for in lung-xray; 1 round(s) are free again" in said
     assert "lung-xray (lab-a), records, ended" in said
     assert "--end FEDERATION" not in said
@@ -486,7 +739,8 @@ def test_budget_mends_a_clock_and_the_report_says_so(tmp_path: Path) -> None:
     in_2036 = 2_100_000_000.0
     folder = Path(config.ledger)
     with closing(Ledger(folder, name, identity.sign, identity.key.public_bytes, clock=lambda: in_2036)) as ahead:
-        ahead.open_run(run_terms(config, labs.accepted), [row.tobytes() for row in unit_ids_of(labs, name)], None)
+        ids = [row.tobytes() for row in unit_ids_of(labs, name)]
+        ahead.open_run(run_terms(config, labs.accepted), ids, cap_of(config.policy))
     with pytest.raises(DataError, match=r"newest entry is of 2036-.*run `fedclip-silo budget --clock-was-wrong`"):
         begun(labs, name, 1)
     said = command(labs, name, "budget", "--clock-was-wrong")
