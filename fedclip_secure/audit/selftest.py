@@ -24,6 +24,7 @@ from fedclip_secure.audit.trainer import MakeTrainer, as_by_hand, keys_fresh, no
 from fedclip_secure.config.plan import FederationPlan, PrivacyPlan
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy import document
+from fedclip_secure.privacy.entries import HOUR
 from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.training.dp import PrivateTrainer
 
@@ -31,7 +32,6 @@ _UNITS = 1000  # to take away one of; the sampler's tests choose their own numbe
 _ODD_DIM = 67  # no multiple of 4: libraries multiply matrices of such widths by other programs
 _IN_STEP = 16  # units in a step whose noise is looked at, on average
 _FEWEST = 16  # units of the trainer
-_HOUR = 3600  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def run_audit(
             canaries.as_planned(found),
             canaries.not_refuted(found),
         )
-    hour = int(time.time()) // _HOUR * _HOUR
+    hour = int(time.time()) // HOUR * HOUR
     return AuditResult(evidence, found, setting, hour, code_sha256(), time.monotonic() - began)
 
 

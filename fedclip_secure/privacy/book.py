@@ -11,12 +11,10 @@ from typing import Any
 
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.privacy.admission import Need
-from fedclip_secure.privacy.entries import VERSION, Begin, Chain, Data, Entry, Run, SignedEntry
+from fedclip_secure.privacy.entries import HOUR, VERSION, Begin, Chain, Data, Entry, Run, SignedEntry
 from fedclip_secure.privacy.events import Event
 from fedclip_secure.privacy.ledger_file import RESTORE, LedgerFile, StoredSet
 from fedclip_secure.privacy.units import NAME_BYTES, Charges, Numbers, Units, UnitSet
-
-HOUR = 3600  # seconds
 
 
 class Book:

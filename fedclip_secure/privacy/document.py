@@ -21,6 +21,7 @@ from fedclip_secure.errors import TrustError
 from fedclip_secure.names import MAX_SILOS, NAME_PATTERN
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.privacy.canonical_json import encode
+from fedclip_secure.privacy.entries import HOUR
 
 _LABEL = b"fedclip/v1/privacy-report\x00"
 FORMAT = "fedclip-privacy-report"
@@ -34,7 +35,7 @@ Wire = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){1,1000}$")]  # 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Epsilon = Annotated[Number, Field(ge=0, le=1e6)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
-Hour = Annotated[int, Field(ge=0, le=2**53, multiple_of=3600)]  # seconds since 1970
+Hour = Annotated[int, Field(ge=0, le=2**53, multiple_of=HOUR)]  # seconds since 1970
 State = Literal["shown", "said", "stated", "open", "tested"]  # the last in version 1 alone, for what is now `said`
 TESTS = (  # of a whole audit, in its order
     "sensitivity",

@@ -23,6 +23,7 @@ from fedclip_secure.privacy.canonical_json import decode, encode
 from fedclip_secure.privacy.events import Event
 
 VERSION = 2  # of what is written; 1 is still read
+HOUR = 3600  # seconds; ledgers and reports tell whole hours alone, so that no time a training took shows
 FIRST = "0" * 64  # what the first entry has as the hash of the one before
 _LABEL = b"fedclip/v1/ledger-entry\x00"
 

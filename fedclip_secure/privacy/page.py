@@ -24,12 +24,12 @@ from fedclip_secure.privacy.document import (
     SiloBody,
     SiloReport,
 )
-from fedclip_secure.privacy.entries import Clock, Entry, Run, Settle, SignedEntry
+from fedclip_secure.privacy.entries import HOUR, Clock, Entry, Run, Settle, SignedEntry
 from fedclip_secure.privacy.parties import agreed, costs, most_hurt, parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.plots import profile_svg, roc_svg, rounds_svg
 from fedclip_secure.privacy.receipts import Receipt, open_receipt
-from fedclip_secure.privacy.report import HOUR, History, codes_of, first_charge
+from fedclip_secure.privacy.report import History, codes_of, first_charge
 from fedclip_secure.privacy.verify import failed_tests, read_report, verify
 
 _MARKS = {

@@ -40,14 +40,13 @@ from fedclip_secure.privacy.document import (
     as_data,
     sign_report,
 )
-from fedclip_secure.privacy.entries import Chain, Clock, Reserve, Run, Settle, SignedEntry, chain_of
+from fedclip_secure.privacy.entries import HOUR, Chain, Clock, Reserve, Run, Settle, SignedEntry, chain_of
 from fedclip_secure.privacy.figures import Charges, accounting, claimed, epsilon, groups
 from fedclip_secure.privacy.limits import bound_of
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 
 __all__ = ["SiloFacts", "report_body", "sign_report"]
-HOUR = 3600  # seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from fedclip_secure.pki.roster import Roster
 from fedclip_secure.privacy.canonical_json import decode, encode
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.document import TESTS, Attack, Audit, Limit, Rates, SelfTest, SiloReport
-from fedclip_secure.privacy.entries import SignedEntry
+from fedclip_secure.privacy.entries import HOUR, SignedEntry
 from fedclip_secure.privacy.federation_report import FederationFacts, combine
 from fedclip_secure.privacy.ledger import Ledger, OpenRun
 from fedclip_secure.privacy.receipts import Receipt
 from fedclip_secure.privacy.releases import RELEASES
-from fedclip_secure.privacy.report import HOUR, SiloFacts, report_body, sign_report
+from fedclip_secure.privacy.report import SiloFacts, report_body, sign_report
 from fedclip_secure.privacy.terms import RunTerms
 
 SILOS = ("birch", "cedar", "oak")

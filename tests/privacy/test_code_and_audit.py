@@ -9,7 +9,8 @@ import pytest
 
 from fedclip_secure.privacy.assumptions import assumptions
 from fedclip_secure.privacy.document import FIRST_TESTS, Audit
-from fedclip_secure.privacy.report import HOUR, History, evidence
+from fedclip_secure.privacy.entries import HOUR
+from fedclip_secure.privacy.report import History, evidence
 from tests.privacy.reports import AUDIT, contract
 from tools import verify_report
 

@@ -15,12 +15,13 @@ from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.privacy.curves import Curve, most_true_positives, over_rounds, profile, surely_reached
 from fedclip_secure.privacy.document import TESTS, Attack, Estimate, Limit, Rates
+from fedclip_secure.privacy.entries import HOUR
 from fedclip_secure.privacy.output import write_report
 from fedclip_secure.privacy.page import render_page
 from fedclip_secure.privacy.parties import parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
-from fedclip_secure.privacy.report import HOUR, SiloFacts, report_body
+from fedclip_secure.privacy.report import SiloFacts, report_body
 from fedclip_secure.privacy.verify import verify
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.pins import Accepted
