@@ -123,7 +123,9 @@ def _bar() -> Iterator[ShowProgress]:
         task = bar.add_task("extracting", total=None, speed="")
 
         def update(progress: Progress) -> None:
-            bar.update(task, completed=progress.done, total=progress.total, speed=", ".join(_speed(progress)))
+            todo = progress.total - progress.cached
+            done, speed = progress.done - progress.cached, ", ".join(_speed(progress))
+            bar.update(task, completed=done, total=todo, visible=todo > 0, speed=speed)
 
         yield update
 
@@ -137,7 +139,16 @@ class _Lines:
     def __call__(self, progress: Progress) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 10
-            say(", ".join([f"extracted {progress.done} of {progress.total} images", *_speed(progress)]))
+            say(", ".join([_extracted(progress), *_speed(progress)]))
+
+
+def _extracted(progress: Progress) -> str:
+    """What was encoded, of what must be; what the cache had is no work of this run."""
+    todo = progress.total - progress.cached
+    if not todo:
+        return f"{progress.total} images: the cache has the features of all"
+    cached = f" ({progress.cached} more are in the cache)" if progress.cached else ""
+    return f"extracted {progress.done - progress.cached} of {todo} images{cached}"
 
 
 def _speed(progress: Progress) -> list[str]:
