@@ -88,7 +88,7 @@ def existing_ledger(config: SiloConfig, identity: Identity) -> Ledger:
     Raises:
         ConfigError: there is none.
     """
-    if not ledger_exists(config) and not _notes(config):
+    if not ledger_begun(config):
         raise ConfigError(
             f"{ledger_folder(config)}: there is no ledger; `ledger` in silo.yaml names it, and `train` begins it"
         )
@@ -110,9 +110,14 @@ def ledger_exists(config: SiloConfig) -> bool:
     return (ledger_folder(config) / "ledger.sqlite").exists()
 
 
+def ledger_begun(config: SiloConfig) -> bool:
+    """Whether there is a ledger, or was one that is gone."""
+    return ledger_exists(config) or bool(_notes(config))
+
+
 def about_ledger(config: SiloConfig, identity: Identity) -> str:
     """Which ledger a run is written into, how old it is and what it remembers; none is begun."""
-    if not ledger_exists(config) and not _notes(config):
+    if not ledger_begun(config):
         return _about(config, None)
     with closing(open_ledger(config, identity)) as ledger:
         return _about(config, ledger.remembered())

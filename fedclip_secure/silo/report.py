@@ -17,7 +17,7 @@ from fedclip_secure.privacy.document import Audit, Estimate, Limit, sign_report
 from fedclip_secure.privacy.entries import SignedEntry
 from fedclip_secure.privacy.report import SiloFacts, report_body
 from fedclip_secure.privacy.software import software
-from fedclip_secure.silo.account import open_ledger
+from fedclip_secure.silo.account import ledger_begun, open_ledger
 from fedclip_secure.silo.outcome import adapter_folder, read_models
 from fedclip_secure.silo.pins import Accepted
 from fedclip_secure.silo.receipts import read_receipts
@@ -58,9 +58,14 @@ def make_report(config: SiloConfig, identity: Identity, accepted: Accepted, prv:
 def _history(
     config: SiloConfig, identity: Identity, accepted: Accepted
 ) -> tuple[tuple[SignedEntry, ...], tuple[bytes, ...]]:
-    """The whole ledger, and this run's receipts: these first, so that the ledger has the entries that they are for."""
+    """The whole ledger, and this run's receipts: these first, so that the ledger has the entries that they are for.
+
+    A report begins no ledger: where there is none, nothing was spent.
+    """
     roster = accepted.roster.digest
     receipts = read_receipts(Path(config.workdir), identity.epoch_path, roster)
+    if not ledger_begun(config):
+        return (), receipts
     with closing(open_ledger(config, identity)) as ledger:
         units, entries = ledger.units_of(accepted.contract.digest, roster), tuple(ledger.entries())
     if config.units_at_least is not None and units and units < config.units_at_least:
