@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import BOUND
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fedclip_secure"
 LAYERS = {
@@ -130,7 +132,12 @@ def _loaded(modules: list[str]) -> set[str]:
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*sys.modules)"
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", code, *modules], capture_output=True, text=True, check=True, env=environment, timeout=60
+        [sys.executable, "-c", code, *modules],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        timeout=BOUND,
     )
     return set(done.stdout.split())
 

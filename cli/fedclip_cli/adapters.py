@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from fedclip_cli.console import FILE, FOLDER, Command, image_progress, out
+from fedclip_cli.console import FILE, FOLDER, Command, image_progress, out, print_table
 from fedclip_cli.evaluation import percent
 from fedclip_cli.exported import print_export
 from fedclip_secure.config.silo import SiloConfig, read_silo
@@ -79,7 +79,7 @@ def _print(made: Personal) -> None:
     table = Table("split", "records", "global", "personal", box=None)
     for name, before, after in made.compared():
         table.add_row(name, str(after.total), percent(before), percent(after))
-    out.print(table)
+    print_table(table)
     if not chosen.share:
         said = "the global adapter, unchanged, as no mix was better on the validation records"
         out.print(f"personal: {said}; {made.path}", markup=False)

@@ -15,7 +15,18 @@ from urllib.parse import urlsplit
 import click
 from rich.table import Table
 
-from fedclip_cli.console import FILE, FOLDER, Group, ending_in_order, image_progress, out, run, say
+from fedclip_cli.console import (
+    FILE,
+    FOLDER,
+    Group,
+    ending_in_order,
+    image_progress,
+    out,
+    print_table,
+    run,
+    say,
+    version_option,
+)
 from fedclip_cli.demo import print_demo, run_progress
 from fedclip_cli.privacy import print_failed_tests
 from fedclip_cli.simulate import cell_progress, print_simulation, simulation_json
@@ -34,7 +45,7 @@ _GIVING_UP = (
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="fedclip-secure")
+@version_option
 def main() -> None:
     """Coordinate a federation: enrol silos, freeze the roster, serve secure averaging.
 
@@ -120,7 +131,7 @@ def freeze(folder: Path) -> None:
     table = Table("party", "fingerprint of its key", box=None)
     for name, _ in roster.members:
         table.add_row(name, roster.fingerprint(name))
-    out.print(table)
+    print_table(table)
     out.print(f"roster   {roster.pin}\ncontract {contract.pin}", markup=False)
     n, absent = len(roster.silos), terms.absent_tolerated
     out.print(
@@ -186,13 +197,15 @@ def report(folder: Path, files: tuple[Path, ...], to: Path | None) -> None:
 
     Each is verified first. Silos whose report is missing are named.
     """
-    from fedclip_secure.aggregator.report import make_federation_report
+    from fedclip_secure.aggregator.report import make_federation_report, silent_silos
     from fedclip_secure.privacy.output import write_report
     from fedclip_secure.privacy.verify import failed_tests, read_report
 
     data = make_federation_report(Home(folder), files)
     signed, page = write_report(to or folder / "report", data)
     out.print(f"{signed}, signed by the coordinator; {page} shows it", markup=False)
+    if missing := silent_silos(data):
+        out.print(f"without the reports of {', '.join(missing)}: ask them for `fedclip-silo report`", markup=False)
     print_failed_tests(failed_tests(read_report(data)))
     out.print(f"anybody can check it offline: fedclip-silo verify {signed}", markup=False)
 
@@ -335,7 +348,7 @@ def _print_status(state: RunStatus) -> None:
             drops,
             _date(silo.certificate_ends)[:10],
         )
-    out.print(table)
+    print_table(table)
     for event in state.events[-5:]:
         who = f"{event['silo']}: " if event["silo"] else ""
         where = f"{_date(event['at'])}, round {event['round']}, {event['stage']}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import re
 import signal
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 from rich.text import Text
 
 from fedclip_secure.config.fields import CONTROL
@@ -24,6 +27,8 @@ from fedclip_secure.errors import FedClipError
 from fedclip_secure.features.progress import Progress, ShowProgress
 
 T = TypeVar("T")
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+_WIDEST = 100_000  # characters of a line
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -62,10 +67,35 @@ class Group(click.Group):
         return list(self.commands)
 
 
+def version_option(program: Decorated) -> Decorated:
+    """`--version`: the package's version, and the hash of its code, which ledgers and reports name."""
+
+    def show(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+        if not wanted or context.resilient_parsing:
+            return
+        from fedclip_secure.privacy.software import code_sha256
+
+        click.echo(f"{context.info_name}, version {version('fedclip-secure')}\ncode {code_sha256()}")
+        context.exit()
+
+    told = "Show the version and the hash of the code, and exit."
+    return click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help=told)(program)
+
+
 def say(text: str) -> None:
     """One line of progress, with the time."""
     # One print: a bar that is shown at the same time would come between two.
     out.print(Text.assemble((time.strftime("%m-%d %H:%M:%S"), "dim"), " ", printable(text)))
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; whole where it goes into a pipe or a file, unless COLUMNS gives these a width."""
+    if out.is_terminal or "COLUMNS" in os.environ:
+        out.print(table)
+        return
+    whole = Console(highlight=False, width=_WIDEST)
+    whole.width = whole.measure(table).maximum
+    whole.print(table)
 
 
 @contextlib.contextmanager
@@ -123,7 +153,9 @@ def _bar() -> Iterator[ShowProgress]:
         task = bar.add_task("extracting", total=None, speed="")
 
         def update(progress: Progress) -> None:
-            bar.update(task, completed=progress.done, total=progress.total, speed=", ".join(_speed(progress)))
+            todo = progress.total - progress.cached
+            done, speed = progress.done - progress.cached, ", ".join(_speed(progress))
+            bar.update(task, completed=done, total=todo, visible=todo > 0, speed=speed)
 
         yield update
 
@@ -137,7 +169,16 @@ class _Lines:
     def __call__(self, progress: Progress) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 10
-            say(", ".join([f"extracted {progress.done} of {progress.total} images", *_speed(progress)]))
+            say(", ".join([_extracted(progress), *_speed(progress)]))
+
+
+def _extracted(progress: Progress) -> str:
+    """What was encoded, of what must be; what the cache had is no work of this run."""
+    todo = progress.total - progress.cached
+    if not todo:
+        return f"{progress.total} images: the cache has the features of all"
+    cached = f" ({progress.cached} more are in the cache)" if progress.cached else ""
+    return f"extracted {progress.done - progress.cached} of {todo} images{cached}"
 
 
 def _speed(progress: Progress) -> list[str]:

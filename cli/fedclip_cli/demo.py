@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from fedclip_cli.console import out, say
+from fedclip_cli.console import out, print_table, say
 from fedclip_secure.aggregator.status import RunStatus
 
 if TYPE_CHECKING:  # loads torch
@@ -76,7 +76,7 @@ def print_demo(outcome: Outcome, folder: Path) -> None:
         name, alone = scene.unseen.name, [share for share in found.local_only_at_unseen.values() if share is not None]
         mean = f"{_percent(sum(alone) / len(alone))} (mean)" if alone else "-"
         table.add_row(Text(f"{name}, unseen"), _percent(found.zero_shot[name]), mean, _percent(found.federated[name]))
-    out.print(table)
+    print_table(table)
     out.print(
         f"{outcome.parameters:,} parameters; each upload {outcome.update_bytes:,} bytes, masked and sealed, "
         "over TLS 1.3 with client certificates",

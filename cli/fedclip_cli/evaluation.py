@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from fedclip_cli.console import out
+from fedclip_cli.console import out, print_table
 
 if TYPE_CHECKING:  # these load torch
     from fedclip_secure.data.dataset import Counts
@@ -38,7 +38,7 @@ def print_evaluation(split: str, measured: Sequence[Measured]) -> None:
     adapters = [percent(one.result.adapter) for one in measured]
     table.add_row("all", str(plain.adapter.total), percent(plain.zero_shot), *adapters)
     out.print(f"accuracy on the {split} split")
-    out.print(table)
+    print_table(table)
     for one in measured:
         out.print(f"confusion matrix of {one.kind}: {one.plot}", markup=False)
 

@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from fedclip_cli.console import FILE, FOLDER, Command, err, out, printable
+from fedclip_cli.console import FILE, FOLDER, Command, err, out, print_table, printable
 from fedclip_secure.config.silo import read_silo
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.pki.identity import Identity
@@ -192,7 +192,7 @@ def _print_account(account: Account) -> None:
     )
     for run in account.runs:
         table.add_row(*(Text(cell) for cell in _run_cells(run)))
-    out.print(table)
+    print_table(table)
     life = account.lifetime
     if life is None:
         out.print("no policy.max_epsilon in silo.yaml: nothing limits the sum of these runs")

@@ -12,7 +12,19 @@ from rich.text import Text
 
 from fedclip_cli import adapters, privacy
 from fedclip_cli.adapters import ADAPTER, load
-from fedclip_cli.console import FILE, Group, err, image_progress, out, printable, run, say, waiting
+from fedclip_cli.console import (
+    FILE,
+    Group,
+    err,
+    image_progress,
+    out,
+    print_table,
+    printable,
+    run,
+    say,
+    version_option,
+    waiting,
+)
 from fedclip_cli.evaluation import Measured, evaluation_json, print_evaluation
 from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.config.plan import FederationPlan
@@ -43,7 +55,7 @@ _CONFIG = click.option(
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="fedclip-secure")
+@version_option
 def main() -> None:
     """Take part in a federation: images stay here, masked updates leave.
 
@@ -300,11 +312,11 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
         "one change": f"at most {terms.grid.clip:g} of a parameter in a round",
     }.items():
         table.add_row(key, Text(value))
-    out.print(table)
+    print_table(table)
     fingerprints = Table("party", "fingerprint of its key", box=None)
     for name, _ in offer.roster.members:
         fingerprints.add_row(f"{name} (you)" if name == identity.name else name, offer.roster.fingerprint(name))
-    out.print(fingerprints)
+    print_table(fingerprints)
     out.print(f"roster {offer.roster.pin}\nplan   {offer.contract.pin}", markup=False)
 
 

@@ -28,6 +28,7 @@ from fedclip_secure.pki.certificates import write_certificate
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import SigningKey, write_private_key
 from fedclip_secure.pki.roster import Roster
+from fedclip_secure.privacy.releases import check_releases
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.terms import Terms
 
@@ -170,9 +171,10 @@ def freeze(home: Home) -> tuple[Contract, Roster, Terms]:
 
     Raises:
         TrustError: frozen already; or fewer than 3 silos.
-        ConfigError: plan or lock faulty, or not fit for so many silos.
+        ConfigError: plan or lock faulty, or not fit for so many silos; or with privacy the lock charges too little.
     """
     contract = home.contract()
+    check_charges(contract)
     store = home.store()
     try:
         if store.frozen() is not None:
@@ -186,6 +188,16 @@ def freeze(home: Home) -> tuple[Contract, Roster, Terms]:
     finally:
         store.close()
     return contract, roster, terms
+
+
+def check_charges(contract: Contract) -> None:
+    """Refuse what every silo and every verifier would refuse, before anybody trains on it.
+
+    Raises:
+        ConfigError: with privacy, what a step releases is not what the lock has charged for it.
+    """
+    if contract.plan.privacy is not None:
+        check_releases(contract)
 
 
 def _locked_files(home: Home, contract: Contract) -> list[bytes]:

@@ -12,7 +12,7 @@ from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.keys import SigningKey
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.privacy.document import SiloReport, sign_report
+from fedclip_secure.privacy.document import FederationReport, SiloReport, sign_report
 from fedclip_secure.privacy.federation_report import FederationFacts, combine
 from fedclip_secure.privacy.software import software
 from fedclip_secure.privacy.verify import read_report
@@ -49,6 +49,13 @@ def make_federation_report(home: Home, files: Sequence[Path]) -> bytes:
     )
     key = SigningKey.load(home.signing_key)
     return sign_report(combine(facts), AGGREGATOR, key.sign, key.public_bytes)
+
+
+def silent_silos(data: bytes) -> list[str]:
+    """Whose report is missing from the federation's report `data`."""
+    report = read_report(data)
+    assert isinstance(report, FederationReport)  # noqa: S101 - `make_federation_report` made it
+    return [silo.silo for silo in report.body.silos if not silo.reported]
 
 
 def _read(path: Path) -> SiloReport:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from fedclip_secure.aggregator.app import Server, make_app
 from fedclip_secure.aggregator.guests import dismiss_guests
-from fedclip_secure.aggregator.home import Home
+from fedclip_secure.aggregator.home import Home, check_charges
 from fedclip_secure.aggregator.rounds import Rounds
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.errors import TransportError, TrustError
@@ -76,6 +76,7 @@ async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
     while (frozen := server.store.frozen()) is None:
         await asyncio.sleep(_FREEZE_POLL)
     contract, roster = Contract.decode(frozen[0], "the store"), Roster.decode(frozen[1])
+    check_charges(contract)
     if home.plan() != contract.plan:
         say(f"{home.plan_path} has changed since the freeze; the frozen plan counts, the file does not")
     terms = Terms.of(contract, roster)

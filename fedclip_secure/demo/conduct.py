@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fedclip_secure.aggregator.status import RunStatus, read_status
 from fedclip_secure.config.lock import Contract, write_lock
 from fedclip_secure.config.plan import Training
 from fedclip_secure.config.silo import FolderData, Policy, SiloConfig, write_config
-from fedclip_secure.demo.crew import Crew, free_port, log_of, wait_for_port, without_proxies
+from fedclip_secure.demo.crew import Crew, free_port, log_of, without_proxies
 from fedclip_secure.demo.measure import Accuracies, measure
 from fedclip_secure.demo.reports import Reports, write_reports
 from fedclip_secure.demo.scene import (
@@ -103,10 +104,11 @@ def conduct(options: Options, telling: Telling) -> Outcome:
     threads = max(1, (os.cpu_count() or 1) // len(scene.training))
     with without_proxies(), Crew(threads) as crew:
         crew.start(_SERVER, "fedclip-agg", "serve", "--listen", f"127.0.0.1:{port}", folder=home.folder)
-        wait_for_port(port, log_of(home.folder))
+        crew.wait_for_port(_SERVER, port, log_of(home.folder))
         telling.say("enrolling: each silo makes its key, and gets a certificate for a one-time token")
         for site in scene.training:
             _enrol(options, home, contract, scene, site)
+        _announce(home, scene)
         accepted = Accepted(contract, freeze(home)[1])
         for site in scene.training:
             folder = _folder(options.out, site)
@@ -119,9 +121,8 @@ def conduct(options: Options, telling: Telling) -> Outcome:
     telling.say("measuring")
     outcome = _outcome(options, scene, home, accepted, killed)
     if options.dp:
-        telling.say("auditing the mechanism on made-up records, writing and verifying the reports")
         configs = {site.name: _config(options, scene, site) for site in scene.training}
-        outcome = replace(outcome, reports=write_reports(home, accepted, configs))
+        outcome = replace(outcome, reports=write_reports(home, accepted, configs, telling.say))
     return replace(outcome, seconds=round(time.monotonic() - began, 1))
 
 
@@ -155,6 +156,13 @@ def _enrol(options: Options, home: Home, contract: Contract, scene: Scene, site:
     write_config(folder / "silo.yaml", _config(options, scene, site))
     token = invite(home, site.silo, _INVITATION)
     asyncio.run(enroll(contract.plan.server, token, folder / "identity", lambda *_: None))
+
+
+def _announce(home: Home, scene: Scene) -> None:
+    """Have the first round wait for all silos: whose process is the first to be ready is chance."""
+    with closing(home.store()) as store:
+        for site in scene.training:
+            store.seen(site.silo, time.time())
 
 
 def _config(options: Options, scene: Scene, site: Site) -> SiloConfig:

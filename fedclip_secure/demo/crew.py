@@ -15,7 +15,7 @@ from types import TracebackType
 from fedclip_secure.errors import TransportError
 
 _PATIENCE = 5.0  # seconds between asking a process to stop and killing it
-_STARTING = 20.0  # seconds within which the server answers
+_STARTING = 300.0  # seconds within which the server answers, however busy the machine is
 
 
 class Crew:
@@ -64,6 +64,21 @@ class Crew:
         self._processes[name].kill()
         self._processes[name].wait()
 
+    def wait_for_port(self, name: str, port: int, log: Path) -> None:
+        """Wait until the server `name` listens.
+
+        Raises:
+            TransportError: it has ended, or does not; quotes the end of its log.
+        """
+        end = time.monotonic() + _STARTING
+        while self.ended(name) is None and time.monotonic() < end:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1):
+                    return
+            except OSError:
+                time.sleep(0.05)
+        raise TransportError(f"the coordinator did not start; {log} ends with: {log.read_text('utf-8')[-500:]}")
+
     def ended(self, name: str) -> int | None:
         """The exit code of a process, or None while it runs."""
         return self._processes[name].poll()
@@ -89,19 +104,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for_port(port: int, log: Path) -> None:
-    """Wait until a server listens.
-
-    Raises:
-        TransportError: it does not; quotes the end of its log.
-    """
-    end = time.monotonic() + _STARTING
-    while time.monotonic() < end:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1):
-                return
-        except OSError:
-            time.sleep(0.05)
-    raise TransportError(f"the coordinator did not start; {log} ends with: {log.read_text('utf-8')[-500:]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,9 @@ class Reports:
     paths: tuple[Path, ...]  # the federation's last
 
 
-def write_reports(home: Home, accepted: Accepted, configs: Mapping[str, SiloConfig]) -> Reports:
+def write_reports(
+    home: Home, accepted: Accepted, configs: Mapping[str, SiloConfig], say: Callable[[str], None]
+) -> Reports:
     """Audit the mechanism once, as the first lab trains: all run the same code here. Then report and verify.
 
     Raises:
@@ -43,7 +45,9 @@ def write_reports(home: Home, accepted: Accepted, configs: Mapping[str, SiloConf
     """
     planned = PlannedRun.of(accepted.contract)
     assert planned is not None  # noqa: S101 - the caller asked for privacy
+    say("auditing the mechanism: two rounds of the plan on made-up records, and an attack; it takes a while")
     audit = _audit(accepted, planned, next(iter(configs.values())))
+    say("writing and verifying the reports")
     prv = second_opinion(accepted.contract)
     epsilon, paths = {}, []
     for name, config in configs.items():

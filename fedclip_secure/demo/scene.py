@@ -127,9 +127,15 @@ def set_scene(options: Options) -> Scene:
 def write_plan(path: Path, scene: Scene, options: Options, server: str) -> None:
     """Write the demo's `federation.yaml`."""
     settings = settings_of(options.method)
+    # Nobody goes silent but a silo that is killed; a step through a tower may take a busy machine a while.
+    patience = "15s" if options.kill_one else "10m"
     plan: dict[str, Any] = {
         "federation": FEDERATION,
         "server": server,
+        "purpose": f"a demonstration with {'drawn images' if options.data is None else 'images of your own'}; "
+        "its adapter is for nothing else",
+        "contact": "whoever ran `fedclip-agg demo` on this machine",
+        "retention": "everything stays in the demonstration's folder, which may be deleted at any time",
         "model": {"name": "fedclip-tiny", "pretrained": "shipped"},
         "classes": scene.classes,
         "templates": [scene.template],
@@ -141,17 +147,12 @@ def write_plan(path: Path, scene: Scene, options: Options, server: str) -> None:
             "max_weight": 10_000,
             "weights": settings.weights,
         },
-        # Joining ends when all are there who live; a step through a tower may take a busy machine a while.
-        "deadlines": {**dict.fromkeys(("share", "upload", "agree", "unmask"), "15s"), "join": _joining(options)},
+        "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), patience),
     }
     if options.dp:
         assert settings.private is not None  # noqa: S101 - `check_options` has seen it
         _make_private(plan, settings.private)
     write_atomically(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True).encode())
-
-
-def _joining(options: Options) -> str:
-    return "15s" if options.kill_one else "1m"
 
 
 def plain_training(options: Options) -> dict[str, Any]:

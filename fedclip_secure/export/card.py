@@ -19,11 +19,12 @@ _WEIGHTS = {"masked": "by its training records", "equal": "like all others", "pu
 def model_card(facts: Facts, contract: Contract, roster: Roster) -> str:
     """The whole README.md."""
     plan, bound = contract.plan, Bound.of(contract)
+    run = {**_run(facts, contract, roster), **_spent(facts, bound)}
     parts = [
         f"# {plan.federation}: {facts.kind} adapter, after round {facts.after_round} of {plan.training.rounds}",
         _table(
             ("fact", "value"),
-            {**_run(facts, contract, roster), **_made_of(contract), **_digests(facts, contract, roster)},
+            {**run, **_made_of(contract), **_digests(facts, contract, roster)},
         ),
         "## Classes",
         _table(("class", "prompts"), _prompts(contract)),
@@ -52,6 +53,16 @@ def _run(facts: Facts, contract: Contract, roster: Roster) -> dict[str, str]:
         "training": _training(contract.plan),
         **({} if facts.personal is None else {"made personal": _options(facts.personal)}),
         "validation": _validation(facts),
+    }
+
+
+def _spent(facts: Facts, bound: Bound | None) -> dict[str, str]:
+    """Nothing bounds what a personal adapter tells, nor one whose plan has no privacy."""
+    if bound is None or facts.kept_home:
+        return {}
+    return {
+        "epsilon": f"{bound.epsilon:.4f} at delta {bound.delta:g} for each {bound.unit}, over all {bound.rounds} "
+        "round(s) that the plan allows; see Privacy below"
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def tokenizer_of(lock: OpenClipEncoder) -> Callable[[list[str]], torch.Tensor]:
         ModelError: it needs a package or a download that is not there.
     """
     try:
-        return open_clip.get_tokenizer(register(json.loads(lock.config)))  # type: ignore[no-any-return]
+        return _tokenizer(lock.config)
     except ImportError as error:
         raise ModelError(
             f"the tokenizer of {lock.name} needs a package ({error}); run `pip install transformers`"
@@ -112,6 +113,12 @@ def tokenizer_of(lock: OpenClipEncoder) -> Callable[[list[str]], torch.Tensor]:
             f"the tokenizer of {lock.name} cannot be loaded ({first_line(error)}); "
             "allow the download once, or copy the Hugging Face cache from a machine with internet"
         ) from error
+
+
+@cache
+def _tokenizer(config: str) -> Callable[[list[str]], torch.Tensor]:
+    """Kept: a simulation asks for the same one for each of its cells, and it takes a while to make."""
+    return open_clip.get_tokenizer(register(json.loads(config)))  # type: ignore[no-any-return]
 
 
 def _located(model: OpenClipModel, home: Path) -> tuple[OpenClipModel, Path]:

@@ -115,25 +115,33 @@ def _encoded(
             keys = index.known([file.path for file in files])
         todo = [number for number, key in enumerate(keys) if key is None or key not in cache]
         meter = Meter(len(files), len(files) - len(todo), show)
-        broken = list[Broken]()
-        for batch in _stored(todo, files, _Work(encoder, options, cache, index)):
+        work, waiting, broken = _Work(encoder, options, cache, index), 0, list[Broken]()
+        for batch in _stored(todo, files, work):
             faults = [read.fault for read in batch if read.fault]
             for read in batch:
                 keys[read.number] = read.contents.sha256 if read.contents and not read.fault else None
             broken += faults
-            meter.advance(len(batch), len(faults))
+            found = sum(read.image is None and read.fault is None for read in batch)
+            meter.advance(len(batch) + waiting - work.waiting, cached=found, broken=len(faults))
+            waiting = work.waiting
     return keys, cache, broken
 
 
 def _stored(todo: Sequence[int], files: Sequence[ImageFile], work: _Work) -> Iterator[list[_Read]]:
-    """Read, encode and store `todo`, the places of files in the list; batch after batch."""
+    """Read, encode and store `todo`, the places of files in the list; batch after batch.
+
+    Images may still wait to be encoded when their batch is given; an empty one follows when these are done.
+    """
     if not todo:
         return
     reads = _read_ahead(todo, files, work, work.batch_size)
     while batch := list(islice(reads, work.batch_size)):
         work.store(batch)
         yield batch
+    left = work.waiting
     work.finish()
+    if left:
+        yield []
 
 
 class _Work:
@@ -151,6 +159,11 @@ class _Work:
         if self._options.apart:
             return self._options.batch_size or _SEATS
         return self._options.batch_size or fitting_batch_size(self.encoder)
+
+    @property
+    def waiting(self) -> int:
+        """How many images were read and are not encoded yet."""
+        return len(self._seats) if self._options.apart else 0
 
     @cached_property
     def _seats(self) -> Seats:

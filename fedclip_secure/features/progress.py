@@ -12,7 +12,7 @@ _RECENT = 30.0  # seconds over which the speed is measured
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` images, `broken` of which could not be used.
+    """`done` of `total` images: `cached` of these had features already, `broken` ones could not be used.
 
     `images_per_second` is over the last half minute, and `seconds_left` follows from it; None until
     there is something to measure.
@@ -20,6 +20,7 @@ class Progress:
 
     done: int
     total: int
+    cached: int
     broken: int
     images_per_second: float | None
     seconds_left: float | None
@@ -29,17 +30,20 @@ ShowProgress = Callable[[Progress], None]
 
 
 class Meter:
-    """Counts images and tells `show` after every step. What was `done` at the start says nothing about speed."""
+    """Counts images and tells `show` after every step. What was `cached` at the start says nothing about speed."""
 
-    def __init__(self, total: int, done: int, show: ShowProgress, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._done, self._broken = total, done, 0
+    def __init__(
+        self, total: int, cached: int, show: ShowProgress, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._done, self._cached, self._broken = total, cached, cached, 0
         self._show, self._clock = show, clock
-        self._recent = deque([(clock(), done)])
-        show(Progress(done, total, 0, None, None))
+        self._recent = deque([(clock(), cached)])
+        show(Progress(cached, total, cached, 0, None, None))
 
-    def advance(self, images: int, broken: int) -> None:
-        """`images` more are done, `broken` of them could not be used."""
+    def advance(self, images: int, *, cached: int = 0, broken: int = 0) -> None:
+        """`images` more are done; the cache had `cached` of them, `broken` ones could not be used."""
         self._done += images
+        self._cached += cached
         self._broken += broken
         now = self._clock()
         self._recent.append((now, self._done))
@@ -48,4 +52,4 @@ class Meter:
         since, before = self._recent[0]
         speed = (self._done - before) / (now - since) if now > since else None
         left = (self._total - self._done) / speed if speed else None
-        self._show(Progress(self._done, self._total, self._broken, speed, left))
+        self._show(Progress(self._done, self._total, self._cached, self._broken, speed, left))

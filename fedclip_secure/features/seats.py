@@ -27,6 +27,9 @@ class Seats:
     def __contains__(self, key: bytes) -> bool:
         return key in self._keys
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def add(self, key: bytes, image: torch.Tensor) -> None:
         """`key` is the SHA-256 of the image's file, `image` (3, S, S)."""
         self._waiting[int.from_bytes(key[:8], "big") % len(self._waiting)].append((key, image))

@@ -46,5 +46,5 @@ def check_releases(contract: Contract) -> None:
     if locked != RELEASES[name]:
         raise ConfigError(
             f"federation.lock: releases: says that a step of {name} releases {locked} noisy sum(s), and it releases "
-            f"{RELEASES[name]}; ask the coordinator to run `prepare` again"
+            f"{RELEASES[name]}; the coordinator must run `fedclip-agg prepare` again"
         )

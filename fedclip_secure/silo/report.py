@@ -58,7 +58,10 @@ def make_report(config: SiloConfig, identity: Identity, accepted: Accepted, prv:
 def _history(
     config: SiloConfig, identity: Identity, accepted: Accepted
 ) -> tuple[tuple[SignedEntry, ...], tuple[bytes, ...]]:
-    """The whole ledger, and this run's receipts: these first, so that the ledger has the entries that they are for."""
+    """The whole ledger, and this run's receipts: these first, so that the ledger has the entries that they are for.
+
+    A report begins no ledger: where there is none, nothing was spent.
+    """
     roster = accepted.roster.digest
     receipts = read_receipts(Path(config.workdir), identity.epoch_path, roster)
     if not is_begun(config) and not receipts and begun_with(config, accepted) is None:

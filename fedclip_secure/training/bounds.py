@@ -46,5 +46,5 @@ def check_bounded(state: AdapterState) -> None:
     if not largest <= LARGEST_WEIGHT:
         raise ModelError(
             f"the model has a parameter of size {largest:.3g}; with `privacy` at most {LARGEST_WEIGHT:g} is "
-            "trained: tell the coordinator, who starts from another `initial`, or lowers training.optimizer.lr"
+            "trained; the plan needs another `initial`, or a lower training.optimizer.lr"
         )

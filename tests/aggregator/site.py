@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import shutil
 import socket
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
 
+import fedclip_secure.aggregator.serve as server_module
 from fedclip_secure.aggregator.enrolment import enrol
 from fedclip_secure.aggregator.home import Home, freeze, init_home, invite
+from fedclip_secure.aggregator.rounds import Rounds
 from fedclip_secure.aggregator.serve import serve
 from fedclip_secure.aggregator.status import RunStatus, read_status
 from fedclip_secure.aggregator.store import Store
@@ -34,6 +39,7 @@ from fedclip_secure.pki.authority import load_authority
 from fedclip_secure.pki.certificates import parse_certificate
 from fedclip_secure.pki.identity import Enrolment, Identity, create_key, signing_request
 from fedclip_secure.pki.invitation import Invitation
+from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.opening import Position, check_opening
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession
@@ -43,11 +49,13 @@ from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.party import Party
 from fedclip_secure.silo.runner import Runner
 from fedclip_secure.transport.client import Client, Patience
-from fedclip_secure.transport.messages import EnrolRequest, SharesAnswer, SharesRequest, WireList, parse
+from fedclip_secure.transport.messages import EnrolRequest, OpeningAnswer, SharesAnswer, SharesRequest, WireList, parse
+from tests.waiting import BOUND, until
 
 NAMES = tuple(f"lab-{letter}" for letter in "abcdefghij")
-QUICK = Patience(first_wait=0.02, longest_wait=0.1, silence=30, connect=5)
-ONCE = Patience(tries=1, silence=10, connect=5)
+QUICK = Patience(first_wait=0.02, longest_wait=0.1, silence=BOUND, connect=BOUND)
+ONCE = Patience(tries=1, silence=BOUND, connect=BOUND)
+_TICK = 0.05  # seconds between two looks at who is still at work
 STEP = 2.0**-30
 MAX_WEIGHT = 1024
 PARAMETERS = 8
@@ -59,6 +67,38 @@ class VanishedError(Exception):
     """A silo is gone for good."""
 
 
+class PatientRounds(Rounds):
+    """Its deadlines run only while none is missing who is still at work: no silo is dropped for a busy machine."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._site, self._driver = _SERVED.get(), asyncio.current_task()
+
+    async def wait(self, until: Callable[[], bool], seconds: float | None) -> bool:
+        """Of the run itself; whoever asks for a list is answered as ever."""
+        if seconds is None or self.live is None or asyncio.current_task() is not self._driver:
+            return await super().wait(until, seconds)
+        joining, left = self.live.session.phase is Phase.JOIN, seconds
+        # Else a round could open without a silo that starts a little later than the others.
+        complete = (lambda: until() and not self._at_work()) if joining else until
+        while not await super().wait(complete, _TICK):
+            left = seconds if self._at_work() else left - _TICK
+            if left <= 0 or self._stopping:
+                return until()
+        return True
+
+    def _at_work(self) -> bool:
+        """Whether an answer of this stage will come."""
+        assert self.live is not None
+        session = self.live.session
+        joins = session.phase is Phase.JOIN
+        missing = set(self.terms.roster.silos) - set(session.ads) - self.left_out() if joins else session.missing()
+        return any(self._site.at_work(name, self.live.row.number) for name in missing)
+
+
+_SERVED: ContextVar[Site] = ContextVar("the site whose server is starting")
+
+
 @dataclass
 class Site:
     """A federation on this machine. `port` is the server's; `said` is what servers have told."""
@@ -67,6 +107,8 @@ class Site:
     port: int
     identities: dict[str, Identity] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
+    silos: Silos | None = None  # that take part now
+    hands: dict[str, Hand] = field(default_factory=dict)  # as here
     contract: Contract = field(init=False)
     terms: Terms = field(init=False)
 
@@ -135,7 +177,7 @@ class Site:
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Straight from the server's database."""
-        sql = sqlite3.connect(self.state / "aggregator.sqlite", timeout=10)
+        sql = sqlite3.connect(self.state / "aggregator.sqlite", timeout=BOUND)
         try:
             return sql.execute(query, values).fetchall()
         finally:
@@ -154,17 +196,25 @@ class Site:
     def reasons(self, silo: str | None) -> list[str]:
         return [event["reason"] for event in self.status().events if event["silo"] == silo]
 
+    def at_work(self, name: str, attempt: int) -> bool:
+        """Whether a silo still goes on with this attempt by itself: not ended, and not held by a test."""
+        if name in self.hands:
+            return not self.hands[name].gone
+        return self.silos is not None and self.silos.at_work(name, attempt)
+
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """The server, until the block ends; then stopped as by SIGTERM."""
         stop, before = asyncio.Event(), len(self.said)
-        server = asyncio.create_task(serve(self.home, "127.0.0.1", self.port, self.said.append, stop))
-        try:
-            await until(lambda: server.done() or len(self.said) > before)
-            yield
-        finally:
-            stop.set()
-            await server
+        _SERVED.set(self)
+        with mock.patch.object(server_module, "Rounds", PatientRounds):
+            server = asyncio.create_task(serve(self.home, "127.0.0.1", self.port, self.said.append, stop))
+            try:
+                await until(lambda: server.done() or len(self.said) > before)
+                yield
+            finally:
+                stop.set()
+                await server
 
     @contextlib.asynccontextmanager
     async def client(self, name: str, patience: Patience = ONCE) -> AsyncIterator[Client]:
@@ -204,7 +254,7 @@ def _write_plan(home: Home, port: int, silos: int, changes: dict[str, object]) -
             "coordinate_clip": ((2**29 - 1) // silos) * STEP,
             "max_weight": MAX_WEIGHT,
         },
-        "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), 20),
+        "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), int(BOUND)),
     }
     for key, value in changes.items():
         plan[key] = {**plan.get(key, {}), **value} if isinstance(value, dict) else value
@@ -240,6 +290,11 @@ class HookedLink(Link):
     """Asks `before` each time it is about to send, and before it asks for the list of a stage."""
 
     before: Before = field(kw_only=True)
+    done_with: Callable[[int], None] = field(default=lambda _: None, kw_only=True)  # an attempt is over for this silo
+
+    async def opening(self, after: int, *, idle: bool) -> OpeningAnswer:
+        self.done_with(10**9 if idle else after)
+        return await super().opening(after, idle=idle)
 
     async def receive(self, attempt: int, stage: str) -> bytes:
         await self.before(attempt, f"list of {stage}")
@@ -269,15 +324,24 @@ class Silos:
     site: Site
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     heard: dict[str, list[str]] = field(default_factory=dict)
+    done_with: dict[str, int] = field(default_factory=dict)  # the last attempt that is over for each
+    held: set[str] = field(default_factory=set)
+
+    def at_work(self, name: str, attempt: int) -> bool:
+        """As `Site.at_work`."""
+        running = name in self.tasks and not self.tasks[name].done()
+        return running and name not in self.held and self.done_with.get(name, 0) < attempt
 
     def start(self, *names: str, before: Before = nothing, runner: type[Runner] = Runner) -> None:
         for name in names:
             self.heard.setdefault(name, [])
+            self.held.discard(name)
+            self.done_with.pop(name, None)
             self.tasks[name] = asyncio.create_task(self._take_part(name, before, runner))
 
-    async def done(self, *names: str, seconds: float = 20) -> None:
+    async def done(self, *names: str) -> None:
         """Until these silos (all) have ended as they should."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(BOUND):
             await asyncio.gather(*(self.tasks[name] for name in names or self.tasks))
 
     async def _take_part(self, name: str, before: Before, runner: type[Runner]) -> None:
@@ -285,9 +349,17 @@ class Silos:
         trainer = SteadyTrainer.of(name, site.terms.layout.size)
         journal = Journal(identity.folder / "work", identity.epoch_path)
         waiting = lambda reason, _seconds: self.heard[name].append(reason)  # noqa: E731
+
+        async def held(attempt: int, stage: str) -> None:
+            self.held.add(name)
+            await before(attempt, stage)
+            self.held.discard(name)
+
         try:
             async with Client.of(identity, waiting, QUICK) as client:
-                link = HookedLink(client, identity.folder, before=before)
+                link = HookedLink(
+                    client, identity.folder, before=held, done_with=functools.partial(self.done_with.__setitem__, name)
+                )
                 party = Party(identity, site.terms)
                 await runner(party, trainer, link, journal, self.heard[name].append).run()
         finally:
@@ -303,11 +375,12 @@ class Silos:
 @contextlib.asynccontextmanager
 async def silos_of(site: Site) -> AsyncIterator[Silos]:
     """Silos that are stopped when the block ends."""
-    silos = Silos(site)
+    silos = site.silos = Silos(site)
     try:
         yield silos
     finally:
         await silos.stop()
+        site.silos = None
 
 
 @dataclass
@@ -319,6 +392,7 @@ class Hand:
     client: Client
     session: SiloSession
     attempt: int = 1
+    gone: bool = False  # sends nothing more: the others' deadlines run
 
     @property
     def link(self) -> Link:
@@ -403,7 +477,9 @@ async def hands_of(
             record = (records or {}).get(name) or site.record(name)
             made = session(site.terms, name, site.identities[name].sign, opening, record)
             hands.append(Hand(site, name, client, made))
+        site.hands = {hand.name: hand for hand in hands}
         yield hands
+        site.hands = {}
 
 
 @dataclass
@@ -453,13 +529,6 @@ async def set_back(site: Site, silos: Silos, first: Gate, second: Gate) -> None:
         await until(lambda: second.held == 4)
     shutil.rmtree(site.state)
     backup.rename(site.state)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Poll until it holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def free_port() -> int:

@@ -12,7 +12,8 @@ import pytest
 from fedclip_secure.errors import TransportError
 from fedclip_secure.secagg.silo_session import SiloSession
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, lying, others, run
-from tests.aggregator.site import NAMES, STAGES, Before, Gate, Silos, Site, each, nothing, silos_of, until, vanishing
+from tests.aggregator.site import NAMES, STAGES, Before, Gate, Silos, Site, each, nothing, silos_of, vanishing
+from tests.waiting import until
 
 SHORT = {"join": 2, "share": 2, "upload": 2, "agree": 1}
 ALL_FOUR = "lab-a, lab-b, lab-c, lab-d"
@@ -28,7 +29,7 @@ async def agreed_in_vain(
         silos.start(*bound)
         silos.start(*free, before=each(gate, then))
         silos.start(*gone, before=vanishing("list of uploads"))
-        await until(lambda: site.reasons(None) != [], 20)
+        await until(lambda: site.reasons(None) != [])
         assert gate.held == len(free)
         assert site.reasons(None) == [f"{len(bound)} silos at stage 'agree', {site.terms.threshold} must answer"]
         gate.opened.set()
@@ -88,7 +89,7 @@ def test_an_attempt_that_a_bound_silo_cannot_go_on_with_ends_and_the_next_one_su
             late = Gate(stage, attempt=2)
             async with agreed_in_vain(site, ["lab-a"], NAMES[1:3], [LIAR]) as silos:
                 silos.start(LIAR, before=late)
-                await until(lambda: site.status().attempt == 3, 20)
+                await until(lambda: site.status().attempt == 3)
                 late.opened.set()
                 await silos.done()
 
@@ -131,7 +132,7 @@ def test_a_silo_that_claims_a_list_of_an_earlier_attempt_shuts_out_nobody_while_
             silos.start(LIAR, before=list_asked, runner=lying(SiloSession, claiming(*NAMES[:5])))
             silos.start("lab-a", "lab-b", "lab-c", "lab-e", before=list_asked)
             silos.start("lab-f", "lab-g", before=slow)
-            await until(lambda: site.reasons(None) == ["0 silos at stage 'agree', 5 must answer"], 20)
+            await until(lambda: site.reasons(None) == ["0 silos at stage 'agree', 5 must answer"])
             list_asked.opened.set()
             slow.opened.set()
             await silos.done()

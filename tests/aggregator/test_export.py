@@ -19,6 +19,7 @@ from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.training.prepare import prepare
 from tests.cli.test_agg_mistakes import refused, run
+from tests.waiting import BOUND
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTIES = ("aggregator", "art", "cartoon", "photo")
@@ -115,6 +116,6 @@ def test_export_needs_no_torch(made: Run, tmp_path: Path) -> None:
     code = "import sys; sys.modules |= dict.fromkeys(('torch', 'open_clip')); from fedclip_cli.agg import main; main()"
     command = [sys.executable, "-c", code, "export", "--dir", str(made.home.folder), "--out", str(tmp_path / "out")]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "PATH": ""}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=BOUND)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "README.md").is_file()

@@ -14,8 +14,9 @@ import pytest
 from fedclip_secure.secagg.sealing import OVERHEAD
 from fedclip_secure.transport.tls import client_context
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, others
-from tests.aggregator.site import Site, silos_of, until
+from tests.aggregator.site import Site, silos_of
 from tests.aggregator.test_refusals import ROUTES, problem, session
+from tests.waiting import until
 
 FLOOD = 10_000_000  # bytes
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from aiohttp import web
 
 from fedclip_secure.aggregator.guests import MOST, dismiss_guests
-from tests.aggregator.site import Site, until
+from tests.aggregator.site import Site
+from tests.waiting import BOUND, until
 
 
 def test_strangers_hold_few_connections_and_silos_keep_theirs(tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_a_stranger_s_connection_ends_though_it_says_nothing() -> None:
         assert runner.server is not None
         task = asyncio.create_task(dismiss_guests(runner.server, life=0.5))
         reader, writer = await asyncio.open_connection("127.0.0.1", runner.addresses[0][1])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(BOUND):
             assert await reader.read() == b""
         writer.close()
         task.cancel()

@@ -24,8 +24,9 @@ from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import SiloSession
 from fedclip_secure.silo.runner import Runner
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, lying, others, run, sharing
-from tests.aggregator.site import NAMES, Before, Gate, Site, VanishedError, silos_of, until, vanishing
+from tests.aggregator.site import NAMES, Before, Gate, Site, VanishedError, silos_of, vanishing
 from tests.secagg.lies import Lie, Sent
+from tests.waiting import until
 
 # What it seals to its peers
 

@@ -22,6 +22,7 @@ from fedclip_secure.silo.party import Party
 from fedclip_secure.silo.runner import Runner
 from fedclip_secure.transport.client import Client
 from tests.aggregator.site import NAMES, QUICK, Hand, HookedLink, Site, SteadyTrainer, hands_of, move, nothing
+from tests.waiting import BOUND
 
 PRIVACY = {
     "unit": "record",
@@ -182,7 +183,7 @@ def test_a_run_charges_each_round_once_and_keeps_a_receipt_for_each(tmp_path: Pa
     async def main() -> None:
         site = private_site(tmp_path, rounds=3)
         accounts = [Counted(name) for name in SILOS]
-        async with site.serving(), asyncio.timeout(60):
+        async with site.serving(), asyncio.timeout(BOUND):
             await asyncio.gather(*(take_part(site, account) for account in accounts))
         for account in accounts:
             assert account.rounds == [1, 2, 3]
@@ -213,7 +214,7 @@ def test_a_silo_that_died_while_it_trained_trains_again_only_where_the_plan_has_
         site = private_site(tmp_path, rounds=2)
         accounts = [Counted(name, again) for name in SILOS]
         Dies.died = False
-        async with site.serving(), asyncio.timeout(60):
+        async with site.serving(), asyncio.timeout(BOUND):
             with pytest.raises(KeyboardInterrupt):
                 await take_part(site, accounts[0], trainer=Dies.of)
             heard = (await asyncio.gather(*(take_part(site, account) for account in accounts)))[0]
@@ -247,7 +248,7 @@ def test_a_silo_stops_at_a_receipt_that_is_not_for_its_upload(tmp_path: Path, ch
 
         key = SigningKey.load(signers[0]) if change is not None else signers[1]
         FalseReceipts.wire = receipt.model_copy(update=change or {}).signed(key.sign)
-        async with site.serving(), asyncio.timeout(60):
+        async with site.serving(), asyncio.timeout(BOUND):
             others = [asyncio.create_task(take_part(site, Counted(name))) for name in SILOS[1:]]
             with pytest.raises((ProtocolError, TrustError)) as stopped:
                 await take_part(site, Counted(SILOS[0]), FalseReceipts)

@@ -25,7 +25,8 @@ from fedclip_secure.secagg.sealing import sealed_body_limit
 from fedclip_secure.secagg.silo_session import MaskedUpload
 from fedclip_secure.transport.messages import EnrolRequest
 from fedclip_secure.transport.tls import client_context
-from tests.aggregator.site import NAMES, STAGES, Hand, Site, hands_of, move, until
+from tests.aggregator.site import NAMES, STAGES, Hand, Site, hands_of, move
+from tests.waiting import until
 
 POSTS = tuple(stage for stage in STAGES if stage != "uploads")
 
@@ -337,7 +338,8 @@ def test_a_late_upload_is_told_so_and_not_read(tmp_path: Path) -> None:
         await move(hands, "key-ads", "bundles")
         late = await straggler.make("uploads")
         await move(three, "uploads")
-        await until(lambda: site.status().stage == "agree", 5)
+        straggler.gone = True
+        await until(lambda: site.status().stage == "agree")
         assert await straggler.refused("uploads", late) == (409, "late")
         assert await straggler.refused("uploads", b"") == (409, "late")
         assert len(list((site.state / "vectors").iterdir())) == 3
@@ -402,7 +404,8 @@ def test_a_message_for_a_stage_that_has_closed_or_has_not_come_is_told_so(tmp_pa
         late = await straggler.make("key-ads")
         assert await hands[0].refused("bundles", b"") == (400, "encoding")
         await move(three, "key-ads")
-        await until(lambda: site.status().stage == "share", 5)
+        straggler.gone = True
+        await until(lambda: site.status().stage == "share")
         assert await straggler.refused("key-ads", late) == (409, "late")
         assert await straggler.refused("agrees", late) == (409, "early")
 

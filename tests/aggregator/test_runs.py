@@ -25,9 +25,9 @@ from tests.aggregator.site import (
     hands_of,
     move,
     silos_of,
-    until,
     vanishing,
 )
+from tests.waiting import until
 
 
 def test_three_rounds_of_four_silos_end_with_the_model_that_their_updates_add_up_to(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ async def complain(site: Site, hand: Hand, accused: str) -> None:
 def test_a_complaint_ends_the_attempt_and_leaves_out_both_or_where_that_is_too_few_the_accuser(
     tmp_path: Path, silos: int, left_out: set[str], agreed: dict[str, str]
 ) -> None:
-    site = Site.frozen(tmp_path, silos, secure_aggregation=agreed, deadlines={"join": 1})
+    site = Site.frozen(tmp_path, silos, secure_aggregation=agreed)
 
     async def run() -> None:
         async with site.serving(), hands_of(site) as hands:

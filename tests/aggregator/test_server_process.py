@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.transport.tls import client_context
-from tests.aggregator.site import NAMES, STAGES, Gate, Site, silos_of, until
+from tests.aggregator.site import NAMES, STAGES, Gate, Site, silos_of
 from tests.peak import highest
+from tests.waiting import BOUND, until
 
 ROOT = Path(__file__).parents[2]
 SERVER = """
@@ -46,7 +47,7 @@ async def server(site: Site) -> AsyncIterator[asyncio.subprocess.Process]:
     )
     try:
         assert process.stdout is not None
-        assert b"serving" in await asyncio.wait_for(process.stdout.readline(), 20)
+        assert b"serving" in await asyncio.wait_for(process.stdout.readline(), BOUND)
         yield process
     finally:
         if process.returncode is None:
@@ -89,7 +90,7 @@ def test_the_server_never_loads_torch_and_ends_cleanly_on_sigterm(tmp_path: Path
                 silos.start(*NAMES[:4])
                 await silos.done()
             process.send_signal(signal.SIGTERM)
-            said, failed = await asyncio.wait_for(process.communicate(), 10)
+            said, failed = await asyncio.wait_for(process.communicate(), BOUND)
             return process.returncode, said, failed
 
     code, said, failed = asyncio.run(run())
@@ -159,7 +160,7 @@ def test_a_round_takes_the_server_at_most_four_vectors(tmp_path: Path) -> None:
         async with server(site) as process, silos_of(site) as silos:
             before = highest(process.pid)
             silos.start(*NAMES[:3])
-            await silos.done(seconds=120)
+            await silos.done()
             return highest(process.pid) - before
 
     assert asyncio.run(run()) < 4 * 4 * site.terms.vector.words

@@ -29,6 +29,7 @@ from fedclip_secure.pki.keys import SigningKey
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.transport.messages import EnrolAnswer, OpeningAnswer, SharesRequest, WireList, parse
 from tests.fakes import Federation
+from tests.waiting import BOUND
 
 SEAL = bytes(range(96))
 
@@ -285,7 +286,7 @@ def test_two_threads_that_write_one_file_leave_one_of_the_two_whole(tmp_path: Pa
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(BOUND)
     assert failed == []
     assert (tmp_path / "file").read_bytes() in texts
 

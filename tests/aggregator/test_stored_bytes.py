@@ -16,7 +16,8 @@ import pytest
 
 from fedclip_secure.secagg.messages import Ciphertexts
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession
-from tests.aggregator.site import NAMES, Site, hands_of, move, until
+from tests.aggregator.site import NAMES, Site, hands_of, move
+from tests.waiting import until
 
 PARAMETERS = 64
 SECURE = {"max_weight": 2**26, "coordinate_clip": 0.125}

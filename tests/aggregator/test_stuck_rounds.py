@@ -11,9 +11,10 @@ from fedclip_secure.errors import FedClipError, TrustError
 from fedclip_secure.silo.link import LeftOutError
 from fedclip_secure.silo.runner import Runner
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, others, run, sharing
-from tests.aggregator.site import NAMES, Gate, Site, each, set_back, silos_of, until, vanishing
+from tests.aggregator.site import NAMES, Gate, Site, each, set_back, silos_of, vanishing
 from tests.aggregator.test_bound_silos import SHORT, agreed_in_vain
 from tests.aggregator.test_lying_silos import garbage_for
+from tests.waiting import BOUND, until
 
 
 def test_an_accuser_whose_accused_is_gone_is_needed_after_all(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_a_bound_silo_that_had_joined_can_give_the_round_up(tmp_path: Path) -> N
             silos.tasks["lab-a"].cancel()
             await asyncio.wait([silos.tasks["lab-a"]])
             silos.start("lab-a", runner=Abandoning)
-            await silos.done(*others(site), seconds=30)
+            await silos.done(*others(site))
 
     asyncio.run(among())
     assert averaged(site) == [others(site)] * 2
@@ -62,9 +63,9 @@ def test_one_that_joins_and_never_shares_cannot_hold_up_silos_that_are_enough(tm
             silos.start("lab-a")
             silos.start(*NAMES[1:6], before=gate)
             silos.start("lab-g", before=each(gate, _never_shares))
-            await until(lambda: site.reasons(None) != [], 20)
+            await until(lambda: site.reasons(None) != [])
             gate.opened.set()
-            await silos.done(*NAMES[1:6], seconds=30)
+            await silos.done(*NAMES[1:6])
 
     asyncio.run(among())
     assert averaged(site) == [list(NAMES[1:6])]
@@ -84,7 +85,7 @@ def test_state_restored_within_an_attempt_ends_the_silos_with_a_word_on_it(
     async def among() -> None:
         async with silos_of(site) as silos:
             await set_back(site, silos, first, second)
-            async with site.serving(), asyncio.timeout(30):
+            async with site.serving(), asyncio.timeout(BOUND):
                 second.opened.set()
                 for ended in await asyncio.gather(*silos.tasks.values(), return_exceptions=True):
                     assert ended is None or isinstance(ended, FedClipError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from fedclip_cli import agg, silo
 
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import FederationLock, write_lock
+from fedclip_secure.privacy.software import code_sha256, software
 from tests.config.test_lock import LOCK
 from tests.config.test_plan import PLAN
 
@@ -66,8 +68,15 @@ def test_help_of_every_command_opens_with_what_it_does_and_ends_with_an_example(
         assert max(map(len, lines)) <= width, name
 
 
-def test_version_is_shown() -> None:
-    assert run("--version").exit_code == 0
+@pytest.mark.parametrize("program", [agg.main, silo.main], ids=["fedclip-agg", "fedclip-silo"])
+def test_version_tells_the_hash_of_the_code_which_reports_name(
+    program: click.Group, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id
+    done = CliRunner().invoke(program, ["--version"], prog_name=name)
+    assert done.exit_code == 0
+    assert done.output == f"{name}, version {version('fedclip-secure')}\ncode {code_sha256()}\n"
+    assert software([])["code"] == code_sha256()
 
 
 @pytest.mark.parametrize("name", ["Lung", "a b", "", "aggregator", "x" * 64, "é"])

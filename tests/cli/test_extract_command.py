@@ -126,12 +126,31 @@ def test_plain_progress_tells_speed_time_left_and_broken(
     now = time.monotonic()
     with image_progress() as show:
         monkeypatch.setattr(time, "monotonic", lambda: now + 11)
-        show(Progress(10, 1000, 2, 8.94, 110.7))
-        show(Progress(20, 1000, 2, 8.94, 109.7))
+        show(Progress(10, 1000, 0, 2, 8.94, 110.7))
+        show(Progress(20, 1000, 0, 2, 8.94, 109.7))
         monkeypatch.setattr(time, "monotonic", lambda: now + 22)
-        show(Progress(30, 1000, 0, None, None))
+        show(Progress(30, 1000, 0, 0, None, None))
     lines = capsys.readouterr().out.splitlines()
     assert [line[line.index("extracted") :] for line in lines] == [
         "extracted 10 of 1000 images, 8.9 images/s, 0:01:51 left, 2 broken",
         "extracted 30 of 1000 images",
     ]
+
+
+@pytest.mark.parametrize(
+    ("progress", "line"),
+    [
+        (Progress(168, 168, 168, 0, None, None), "168 images: the cache has the features of all"),
+        (Progress(12, 60, 12, 0, None, None), "extracted 0 of 48 images (12 more are in the cache)"),
+        (Progress(60, 60, 12, 0, None, None), "extracted 48 of 48 images (12 more are in the cache)"),
+        (Progress(48, 48, 0, 0, None, None), "extracted 48 of 48 images"),
+    ],
+)
+def test_plain_progress_counts_what_is_encoded_and_says_what_the_cache_had(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, progress: Progress, line: str
+) -> None:
+    now = time.monotonic()
+    with image_progress() as show:
+        monkeypatch.setattr(time, "monotonic", lambda: now + 11)
+        show(progress)
+    assert capsys.readouterr().out.endswith(f" {line}\n")

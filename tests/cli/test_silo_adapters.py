@@ -20,6 +20,7 @@ from fedclip_secure.config.plan import FederationPlan, MethodPlan, Optimizer
 from fedclip_secure.export.examples import EXAMPLES
 from fedclip_secure.export.facts import KEPT_HOME
 from tests.cli.test_silo_results import Home, make_home, photos
+from tests.waiting import BOUND
 
 __all__ = ["photos"]  # a fixture
 
@@ -59,7 +60,7 @@ def run_as_strangers(folders: list[Path], images: list[Path]) -> list[list[str]]
     for folder in folders:
         code += f"os.chdir({str(folder)!r}); print('from', os.getcwd())\n{program_of(folder)}"
     command = [sys.executable, "-I", "-c", code, *map(str, images)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 0, done.stderr
     return [part.splitlines()[1:] for part in done.stdout.split("from ")[1:]]
 

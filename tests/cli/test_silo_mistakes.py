@@ -31,6 +31,7 @@ from fedclip_secure.pki.roster import Roster
 from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted
 from tests.cli.test_agg_mistakes import refused, run
 from tests.config.test_lock import LOCK
+from tests.waiting import BOUND
 
 NAMES = ("silo-a", "silo-b", "silo-c")
 
@@ -112,10 +113,10 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve(home, "127.0.0.1", port, tell, stop)))
     thread.start()
-    assert up.wait(10), said
+    assert up.wait(BOUND), said
     yield Site(tmp_path, f"https://localhost:{port}")
     loop.call_soon_threadsafe(stop.set)
-    thread.join(15)
+    thread.join(BOUND)
     assert not thread.is_alive()
     loop.close()
 
@@ -314,6 +315,6 @@ def test_interrupt_ends_with_a_word_on_how_to_go_on(site: Site) -> None:
     while "trying again" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=BOUND)
     assert process.returncode == 130
     assert errors == "stopped. `fedclip-silo enroll` goes on from here\n"

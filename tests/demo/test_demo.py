@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.federation.processes import BIN, ENVIRONMENT, run, wait_for
+from tests.federation.processes import BIN, ENVIRONMENT, run
+from tests.waiting import BOUND, wait_for
 
 
 def children(pid: int) -> list[int]:
@@ -35,10 +35,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.timeout(200)
 def test_the_demo_ends_with_one_object_that_says_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENVIRONMENT, "https_proxy", "http://127.0.0.1:9")  # nothing listens there
-    printed = run(BIN / "fedclip-agg", "demo", "--rounds", "2", "--out", "out", "--json", cwd=tmp_path, timeout=180)
+    printed = run(BIN / "fedclip-agg", "demo", "--rounds", "2", "--out", "out", "--json", cwd=tmp_path)
     found = json.loads(printed.splitlines()[-1])
     assert (found["federation"], found["rounds_completed"], found["masked"]) == ("demo", 2, True)
     assert found["silos"] == ["birch", "cedar", "maple", "oak"]
@@ -51,7 +50,6 @@ def test_the_demo_ends_with_one_object_that_says_all(tmp_path: Path, monkeypatch
     assert json.loads(adapter.read_text())["model_digest"] == found["model_digest"]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_demo_that_is_stopped_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     with (tmp_path / "demo.log").open("w") as log:
@@ -59,12 +57,11 @@ def test_a_demo_that_is_stopped_leaves_no_process(tmp_path: Path, number: signal
             [BIN / "fedclip-agg", "demo", "--out", "out"], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log
         )
     try:
-        wait_for("the silos' start", lambda: len(children(demo.pid)) >= 5, 60)
+        wait_for("the silos' start", lambda: len(children(demo.pid)) >= 5, demo)
         started = children(demo.pid)
         os.kill(demo.pid, number)
-        assert demo.wait(timeout=30) == 130
-        time.sleep(0.1)
-        assert [pid for pid in started if alive(pid)] == []
+        assert demo.wait(timeout=BOUND) == 130
+        wait_for("the silos' end", lambda: not any(map(alive, started)))
         assert "Traceback" not in (tmp_path / "demo.log").read_text()
         assert "stopped; no process runs on" in (tmp_path / "demo.log").read_text()
     finally:
@@ -77,7 +74,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine.txt").write_text("mine")
     done = subprocess.run(
         [BIN / "fedclip-agg", "demo", "--out", "out"],
-        cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=60, check=False,
+        cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=BOUND, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "--out out: is not an empty folder; choose another" in done.stderr
@@ -85,11 +82,10 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 def test_one_silo_is_killed_and_the_others_finish(tmp_path: Path, pacs_mini: Path) -> None:
     printed = run(
         BIN / "fedclip-agg", "demo", "--data", pacs_mini, "--kill-one", "--rounds", "3", "--out", "out", "--json",
-        cwd=tmp_path, timeout=380,
+        cwd=tmp_path,
     )  # fmt: skip
     found = json.loads(printed.splitlines()[-1])
     assert found["rounds_completed"] == 3
@@ -97,13 +93,10 @@ def test_one_silo_is_killed_and_the_others_finish(tmp_path: Path, pacs_mini: Pat
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("method", ["fedapt", "feddat", "discriminant"])
 def test_other_methods_are_trained_and_measured_at_every_lab(tmp_path: Path, method: str) -> None:
     rounds = [] if method == "discriminant" else ["--rounds", "2"]
-    printed = run(
-        BIN / "fedclip-agg", "demo", "--method", method, *rounds, "--out", "out", "--json", cwd=tmp_path, timeout=380
-    )
+    printed = run(BIN / "fedclip-agg", "demo", "--method", method, *rounds, "--out", "out", "--json", cwd=tmp_path)
     found = json.loads(printed.splitlines()[-1])
     assert found["rounds_completed"] == (1 if method == "discriminant" else 2)
     for kind in ("zero_shot", "local_only", "federated", "local_only_at_unseen"):

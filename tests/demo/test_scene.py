@@ -73,6 +73,16 @@ def plan_of(folder: Path, **options: Any) -> FederationPlan:
     return read_model(folder / "federation.yaml", FederationPlan)
 
 
+def test_the_plan_says_that_it_is_a_demonstration_and_of_whose_images(tmp_path: Path) -> None:
+    own, options = plan_of(tmp_path), Options(out=tmp_path / "drawn")
+    write_plan(tmp_path / "drawn.yaml", set_scene(options), options, "https://localhost:8443")
+    drawn = read_model(tmp_path / "drawn.yaml", FederationPlan)
+    assert drawn.purpose == "a demonstration with drawn images; its adapter is for nothing else"
+    assert own.purpose == "a demonstration with images of your own; its adapter is for nothing else"
+    assert drawn.contact == own.contact == "whoever ran `fedclip-agg demo` on this machine"
+    assert "may be deleted at any time" in (drawn.retention or "")
+
+
 def test_the_demo_knows_every_method_and_feddat_at_both_places() -> None:
     assert set(METHOD_NAMES) == {*METHODS, "feddat:blocks"}
 

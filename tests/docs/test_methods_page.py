@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.plan import MethodPlan
@@ -70,7 +69,6 @@ def test_every_plan_of_the_page_names_a_method_with_options_of_its_own(tmp_path:
         find_method(check(read_yaml(tmp_path / "plan.yaml")["method"], MethodPlan, PAGE.name))
 
 
-@pytest.mark.timeout(120)
 def test_the_example_is_one_file_and_one_entry_and_trains(tmp_path: Path) -> None:
     shutil.copytree(
         ROOT / "fedclip_secure", tmp_path / "fedclip_secure", ignore=shutil.ignore_patterns("__pycache__", "assets")

@@ -24,6 +24,7 @@ from PIL import Image
 from tests.docs.pages import Block, blocks
 from tests.federation.processes import ENVIRONMENT, ROOT, free_port
 from tests.transport.loopback import ConnectProxy
+from tests.waiting import BOUND
 
 SITES = {"st-marys": "photo", "lakeside": "cartoon", "hillcrest": "art_painting", "northgate": "sketch"}
 CLASSES = {"normal": "dog", "pneumonia": "horse", "covid": "house"}  # folder there: folder of the real images
@@ -54,16 +55,16 @@ class Machine:
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def type(self, text: str, seconds: float = 120) -> str:
+    def type(self, text: str) -> str:
         """Type a block; what it printed. It must succeed."""
         before = len(self.log.read_text())
         assert self.shell.stdin is not None
         self.shell.stdin.write(f"{text}\necho typed-to-its-end\n")
         self.shell.stdin.flush()
-        end = time.monotonic() + seconds
+        end = time.monotonic() + BOUND
         while "typed-to-its-end" not in (said := self.log.read_text()[before:]):
             assert self.shell.poll() is None, f"{self.folder.name} failed at\n{text}\n{said}{self._logs()}"
-            assert time.monotonic() < end, f"{self.folder.name} took over {seconds:.0f} s for\n{text}\n{self._logs()}"
+            assert time.monotonic() < end, f"{self.folder.name} took over {BOUND:.0f} s for\n{text}\n{self._logs()}"
             time.sleep(0.02)
         return said
 
@@ -147,12 +148,12 @@ class _ProxyThread:
 
     def __enter__(self) -> int:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(BOUND)
         return self._port
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(BOUND)
         self._loop.close()
 
 
@@ -175,7 +176,7 @@ def _bring_images(silo: Path, domain: Path) -> None:
     (silo / "new" / "scan.png").write_bytes((silo / "xrays" / "normal" / "000.png").read_bytes())
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(3600)
 def test_the_tutorial_works_as_written(walk: Walk) -> None:
     last = {(walk.silo(site) / "work" / "adapters" / "last.safetensors").read_bytes() for site in SITES}
     assert len(last) == 1

@@ -42,6 +42,7 @@ from fedclip_secure.training.predict import predict
 from fedclip_secure.training.prepare import prepare
 from tests.config.test_lock import LOCK, contract
 from tests.config.test_plan import PLAN, plan_with
+from tests.waiting import BOUND
 
 CPU = torch.device("cpu")
 ROSTER = Roster.of(
@@ -82,7 +83,7 @@ def ran(folder: Path, *arguments: Path) -> list[list[str]]:
     """What the program in the card prints where this package cannot be imported; the words of each line."""
     blocked = f"import sys; sys.modules['fedclip_secure'] = None\n{program((folder / 'README.md').read_text('utf-8'))}"
     command = [sys.executable, "-I", "-c", blocked, *map(str, arguments)]
-    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 0, done.stderr
     return [line.split() for line in done.stdout.splitlines()]
 
@@ -197,6 +198,10 @@ def test_card_of_a_private_plan_states_its_privacy() -> None:
         assert re.search(r"computed by fedclip-secure [\w.]+ from plan and lock, by PLD", text)
     assert {key: facts["claim"][key] for key in ("epsilon", "delta", "unit", "rounds")} == {
         "epsilon": spent, "delta": 1e-5, "unit": "patient", "rounds": 50}  # fmt: skip
+    row = f"| epsilon | {spent:.4f} at delta 1e-05 for each patient, over all 50 round(s) that the plan allows"
+    assert row in card
+    assert "| epsilon |" not in model_card(replace(FACTS, personal=PERSONAL), agreed, ROSTER)
+    assert "| epsilon |" not in model_card(FACTS, contract(PLAN, LOCK), ROSTER)
     assert "each patient in one with chance 0.1" in card
     assert "nothing bounds what it tells about them" not in card
     personal = make_card(replace(FACTS, personal=PERSONAL), agreed, ROSTER)

@@ -28,6 +28,7 @@ from fedclip_secure.methods.registry import METHODS
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.training.predict import predict
 from tests.export.test_export import exported, plan_for, prepared, program
+from tests.waiting import BOUND
 
 TINY = {"name": "fedclip-tiny", "pretrained": "shipped"}
 # As SigLIP: timm's tower of images, a text tower of its own, in which tokens see each other, and a bias.
@@ -140,7 +141,7 @@ def told(home: Path, adapters: dict[str, tuple[Contract, AdapterState]]) -> dict
         code += f"os.chdir({str(home / 'out' / name)!r}); seen = {{}}; exec({text!r}, seen)\n"
         code += "print('logits', seen['logits'].tolist())\n"
     command = [sys.executable, "-I", "-c", code, *map(str, images_in(home))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 0, done.stderr
     parts = re.findall(r"(.*?)logits (.*?)\n", done.stdout, re.DOTALL)
     told = [Told([line.split() for line in lines.splitlines()], json.loads(logits)) for lines, logits in parts]

@@ -62,6 +62,7 @@ class Runs:
     def __init__(self, encoder: Encoder, folder: Path) -> None:
         self.encoder, self.folder = encoder, folder
         self.calls: list[tuple[int, int]] = []
+        self.cached: list[int] = []
         self.broken: list[Broken] = []
 
     def __call__(
@@ -72,15 +73,17 @@ class Runs:
         verify: bool = False,
         strict: bool = False,
         stage: Stage = FEATURES,
+        apart: bool = False,
     ) -> FeatureSet:
-        self.calls = []
-        options = ExtractOptions(verify, strict, batch_size, stage)
+        self.calls, self.cached = [], []
+        options = ExtractOptions(verify, strict, batch_size, stage, apart)
         found = extract(files, self.encoder, self.folder, self._show, options)
         self.broken = found.broken
         return found.features
 
     def _show(self, now: Progress) -> None:
         self.calls.append((now.done, now.total))
+        self.cached.append(now.cached)
 
 
 @pytest.fixture
@@ -122,6 +125,22 @@ def test_second_run_encodes_nothing(run: Runs, files: list[ImageFile]) -> None:
     second = run(files)
     assert run.calls == [(10, 10)]
     assert (first.image_features == second.image_features).all()
+
+
+def test_progress_counts_images_as_they_are_encoded_and_not_as_they_are_read(run: Runs, files: list[ImageFile]) -> None:
+    run(files, batch_size=2, apart=True)  # each waits for others that fill a pass with it
+    assert run.calls[:2] == [(0, 10), (0, 10)]
+    assert run.calls[-1] == (10, 10)
+    assert run.cached == [0] * len(run.calls)
+
+
+def test_what_the_cache_has_of_a_file_that_is_read_again_is_not_counted_as_encoded(
+    run: Runs, files: list[ImageFile]
+) -> None:
+    run(files)
+    run(files, verify=True)
+    assert (run.calls[0], run.calls[-1]) == ((0, 10), (10, 10))
+    assert (run.cached[0], run.cached[-1]) == (0, 10)
 
 
 def test_new_images_alone_are_encoded(run: Runs, files: list[ImageFile]) -> None:

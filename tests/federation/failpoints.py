@@ -43,11 +43,12 @@ from fedclip_secure.silo.outcome import save_adapters
 from fedclip_secure.silo.party import Party
 from fedclip_secure.silo.runner import Runner
 from fedclip_secure.transport.client import Client, Patience
+from tests.waiting import BOUND
 
 STEP = 2.0**-30  # so that every update lies on the grid
 MAX_WEIGHT = 1024
-LIFETIME = 150  # seconds; after a test that was itself killed nothing stays behind
-QUICK = Patience(first_wait=0.02, longest_wait=0.1, silence=30, connect=5)
+LIFETIME = 2 * int(BOUND)  # seconds; after a test that was itself killed nothing stays behind
+QUICK = Patience(first_wait=0.02, longest_wait=0.1, silence=BOUND, connect=BOUND)
 _PACKAGE = str(Path(runner.__file__).parents[1])
 _HARMLESS = ("SELECT", "PRAGMA", "BEGIN", "ROLLBACK", "--")
 T = TypeVar("T")

@@ -6,9 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from tests.waiting import BOUND
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -21,7 +21,7 @@ ENVIRONMENT = {
 }
 
 
-def run(*arguments: str | Path, cwd: Path, timeout: float = 120) -> str:
+def run(*arguments: str | Path, cwd: Path) -> str:
     """Run a program to its end; its standard output. It must succeed."""
     done = subprocess.run(
         list(map(str, arguments)),
@@ -29,7 +29,7 @@ def run(*arguments: str | Path, cwd: Path, timeout: float = 120) -> str:
         env=ENVIRONMENT,
         text=True,
         capture_output=True,
-        timeout=timeout,
+        timeout=BOUND,
         check=False,
     )
     assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -42,14 +42,6 @@ def start(*arguments: str | Path, cwd: Path, log: Path) -> subprocess.Popen[str]
         return subprocess.Popen(
             list(map(str, arguments)), cwd=cwd, env=ENVIRONMENT, text=True, stdout=file, stderr=subprocess.STDOUT
         )
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    """Poll until `condition()` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
-        time.sleep(0.02)
 
 
 def free_port() -> int:

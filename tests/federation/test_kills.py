@@ -33,11 +33,12 @@ from fedclip_secure.model.state import AdapterState, Layout
 from tests.aggregator.site import NAMES, PARAMETERS, Site
 from tests.federation import failpoints
 from tests.federation.processes import ROOT, start
+from tests.waiting import BOUND
 
 SERVER, SILO = "server", "lab-b"
-LIMIT = 60  # seconds for one run
 TRIES = 5
-LATE = 1.5  # seconds after which a silo comes back late: the others' deadlines are one second
+DEADLINES = 3  # seconds, where a silo comes back late
+LATE = 1.5 * DEADLINES
 FORK = multiprocessing.get_context("fork")
 Line = dict[str, Any]
 
@@ -99,7 +100,7 @@ class Run:
 
     def finish(self, case: Case) -> list[str]:
         """All silos until they end, the victim as often as it is killed; what went wrong."""
-        end, silos, points = time.monotonic() + LIMIT, NAMES[: case.silos], iter(case.points)
+        end, silos, points = time.monotonic() + BOUND, NAMES[: case.silos], iter(case.points)
         for name in (SERVER, *silos):
             self.start(name, next(points, None) if name == case.victim else None)
         while any(self.processes[name].exitcode is None for name in silos):
@@ -113,7 +114,7 @@ class Run:
                 elif code or (name == SERVER and code is not None):
                     return [f"{name} ended with exit code {code}"]
         self.processes[SERVER].terminate()
-        self.processes[SERVER].join(10)
+        self.processes[SERVER].join(BOUND)
         return [] if self.processes[SERVER].exitcode == 0 else ["the server did not stop as it should"]
 
     def hang(self) -> list[str]:
@@ -122,7 +123,7 @@ class Run:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signal.SIGUSR1)
         time.sleep(1)
-        return [f"not finished within {LIMIT} s"]
+        return [f"not finished within {BOUND:.0f} s"]
 
     def end(self) -> None:
         for process in self.processes.values():
@@ -153,7 +154,7 @@ def template(folder: Path, silos: int, seconds: int) -> Site:
 
 def prepared(folder: Path, case: Case) -> Run:
     """A fresh federation whose silos were all just there: the first round waits for them."""
-    original = template(folder, case.silos, 1 if case.late else 20)
+    original = template(folder, case.silos, DEADLINES if case.late else 60)
     run = Run(folder / f"run-{os.getpid()}-{time.monotonic_ns()}", original.port)
     shutil.copytree(original.home.folder.parent, run.folder)
     with run.site.store() as store:
@@ -294,9 +295,9 @@ def test_each_process_can_be_a_program_of_its_own(tmp_path: Path) -> None:
     try:
         programs = {name: program(name) for name in (SERVER, "lab-a", "lab-c")}
         programs[SILO] = program(SILO, "Journal.step AGREED: COMMIT (1): after")
-        assert programs[SILO].wait(30) == -signal.SIGKILL
+        assert programs[SILO].wait(BOUND) == -signal.SIGKILL
         programs[SILO] = program(SILO)
-        assert [programs[name].wait(30) for name in NAMES[:3]] == [0, 0, 0]
+        assert [programs[name].wait(BOUND) for name in NAMES[:3]] == [0, 0, 0]
     finally:
         for process in programs.values():
             process.kill()

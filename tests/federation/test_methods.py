@@ -27,6 +27,7 @@ from fedclip_secure.silo.pins import Accepted
 from fedclip_secure.silo.train import take_part
 from fedclip_secure.training.prepare import prepare
 from tests.aggregator.site import NAMES, Site, free_port
+from tests.waiting import BOUND
 
 SILOS = NAMES[:3]
 CLASSES = {"rods": "rod-shaped bacteria", "rosettes": "rosettes of cells", "crystals": "angular crystals"}
@@ -84,7 +85,7 @@ class Silos:
                 "optimizer": dict(settings.optimizer),
             },
             "secure_aggregation": {"coordinate_clip": settings.coordinate_clip, "weights": settings.weights},
-            "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), 60),
+            "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), int(BOUND)),
         }
         home.plan_path.write_text(yaml.safe_dump(plan, sort_keys=False))
         prepared = prepare(home.plan(), home.folder)
@@ -125,7 +126,6 @@ class Silos:
         return load_file(path)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "method", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in METHOD_NAMES]
 )
@@ -135,7 +135,7 @@ def test_every_round_of_a_method_makes_a_new_model_which_all_silos_agree_on(
     silos = Silos.with_method(method, tmp_path, images, random_tower)
 
     async def main() -> None:
-        async with silos.site.serving(), asyncio.timeout(150):
+        async with silos.site.serving(), asyncio.timeout(BOUND):
             await asyncio.gather(*(silos.train(name) for name in SILOS))
 
     asyncio.run(main())
@@ -148,7 +148,6 @@ def test_every_round_of_a_method_makes_a_new_model_which_all_silos_agree_on(
     assert averaged == [list(SILOS)] * rounds
 
 
-@pytest.mark.timeout(120)
 def test_a_silo_that_stops_between_rounds_goes_on_with_its_private_adapter(
     tmp_path: Path, images: Path, random_tower: Path
 ) -> None:
@@ -160,7 +159,7 @@ def test_a_silo_that_stops_between_rounds_goes_on_with_its_private_adapter(
             raise StoppedOnPurposeError
 
     async def main() -> None:
-        async with silos.site.serving(), asyncio.timeout(100):
+        async with silos.site.serving(), asyncio.timeout(BOUND):
             others = [asyncio.create_task(silos.train(other)) for other in SILOS[1:]]
             with pytest.raises(StoppedOnPurposeError):
                 await silos.train(name, stop)

@@ -14,10 +14,10 @@ from _pytest.mark.structures import ParameterSet
 
 from fedclip_secure.secagg.terms import threshold
 from fedclip_secure.silo.runner import Runner
-from tests.aggregator.site import NAMES, Gate, Silos, Site, silos_of, until
+from tests.aggregator.site import NAMES, Gate, Silos, Site, silos_of
+from tests.waiting import until
 
 TRAINING_ONLY = {"train": 0.8, "validation": 0, "test": 0.2}
-SECONDS = 20  # for a run to finish
 
 
 @dataclass
@@ -55,20 +55,20 @@ class Federation:
         agreed, free = Gate("list of agrees" if self.delivered else "agrees"), Gate("list of uploads")
         silos.start(*self.agreed, before=agreed)
         silos.start(*self.free, before=free)
-        await until(lambda: (agreed.held, free.held) == (len(self.agreed), len(self.free)), SECONDS)
+        await until(lambda: (agreed.held, free.held) == (len(self.agreed), len(self.free)))
         assert self.site.kept("agrees") == (self.bound if self.delivered else 0)
 
     async def agree_in_vain(self) -> None:
         """Some agree, the attempt ends, and all stop."""
         async with self.up() as silos:
             await self.agree(silos)
-            await until(lambda: self.site.status().attempt == 2, SECONDS)
+            await until(lambda: self.site.status().attempt == 2)
 
     async def come_back(self, *names: str) -> None:
         """These run, without a disturbance, to the end of the run."""
         async with self.up() as silos:
             silos.start(*names)
-            await silos.done(seconds=SECONDS)
+            await silos.done()
 
     def blocked(self) -> list[str]:
         """What `status` says of a round that only a person can help on."""
@@ -176,12 +176,12 @@ def test_where_they_are_too_few_the_round_waits_and_says_so_until_the_bound_ones
         await federation.agree_in_vain()
         async with federation.up() as first:
             first.start(*left)
-            await until(lambda: federation.blocked() != [], SECONDS)
+            await until(lambda: federation.blocked() != [])
         if len(left) >= floor(silos):
             async with federation.up() as second:
                 second.start(*federation.agreed, runner=GivingUp)
                 second.start(*federation.free[1:])
-                await second.done(seconds=SECONDS)
+                await second.done()
 
     asyncio.run(run())
     (told, *_) = federation.blocked()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,10 +20,13 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.terms import Terms
 from tests.federation.probe import PAUSED
-from tests.federation.processes import BIN, ROOT, free_port, run, start, wait_for
+from tests.federation.processes import BIN, ROOT, free_port, run, start
+from tests.waiting import BOUND, wait_for
 
 SITES = {"art": "art_painting", "cartoon": "cartoon", "photo": "photo", "sketch": "sketch"}
 VICTIM = "sketch"
+# The victim is waited for at one upload, and at each joining until it was not heard of for a minute.
+DEADLINES = "deadlines: {join: 5s, share: 10m, upload: 20s, agree: 10m, unmask: 10m}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, random_tower: Path, pacs_
     for name in ("tower.json", "tower.safetensors"):
         (folder / "fed" / name).write_bytes((random_tower / name).read_bytes())
     plan = (ROOT / "silo_configs" / "walkthrough.yaml").read_text().replace("https://localhost:8443", server_url)
-    (folder / "fed" / "federation.yaml").write_text(plan.replace("10s", "5s"))
+    (folder / "fed" / "federation.yaml").write_text(re.sub("^deadlines: .*", DEADLINES, plan, flags=re.MULTILINE))
     run(BIN / "fedclip-agg", "prepare", "--dir", "fed", cwd=folder)
     processes: dict[str, subprocess.Popen[str]] = {}
     try:
@@ -61,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, random_tower: Path, pacs_
             BIN / "fedclip-agg", "serve", "--dir", "fed", "--listen", f"127.0.0.1:{port}",
             cwd=folder, log=folder / "serve.log",
         )  # fmt: skip
-        wait_for("serving", lambda: "serving" in (folder / "serve.log").read_text(), 30)
+        wait_for("serving", lambda: "serving" in (folder / "serve.log").read_text(), processes["serve"])
         ready = time.monotonic() - began
         for silo, domain in SITES.items():
             (folder / silo).mkdir()
@@ -78,10 +82,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, random_tower: Path, pacs_
                 sys.executable, "-m", "tests.federation.probe", "silo.yaml", ".", *pause,
                 cwd=folder / silo, log=folder / f"{silo}.log",
             )  # fmt: skip
-        wait_for("the victim's pause", (folder / VICTIM / PAUSED).exists, 120)
+        wait_for("the victim's pause", (folder / VICTIM / PAUSED).exists, processes[VICTIM])
         processes[VICTIM].kill()  # SIGKILL, after its shares went out and before its upload
         for silo in set(SITES) - {VICTIM}:
-            assert processes[silo].wait(timeout=180) == 0, (folder / f"{silo}.log").read_text()
+            assert processes[silo].wait(timeout=BOUND) == 0, (folder / f"{silo}.log").read_text()
         status = json.loads(run(BIN / "fedclip-agg", "status", "--dir", "fed", "--json", cwd=folder))
         memory = peak_memory(processes["serve"].pid)
         store = Home(folder / "fed").store()

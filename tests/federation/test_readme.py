@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from fedclip_secure.data.embeddings import read_embeddings, read_text_features
 from tests.federation.processes import ENVIRONMENT, ROOT, free_port
+from tests.waiting import BOUND
 
 
 def commands() -> str:
@@ -23,13 +22,12 @@ def commands() -> str:
 def test_the_feature_files_of_the_readme_are_what_the_program_reads(tmp_path: Path) -> None:
     snippet = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(snippet) == 1
-    subprocess.run([sys.executable, "-c", snippet[0]], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", snippet[0]], cwd=tmp_path, check=True, timeout=BOUND)
     classes = ("pneumonia", "normal")  # the plan's order need not be the file's
     assert len(read_embeddings(tmp_path / "features.safetensors", classes, 1024)) == 500
     assert read_text_features(tmp_path / "prompts.safetensors", classes, 1024)[1] == 100.0
 
 
-@pytest.mark.timeout(240)
 def test_the_walk_through_of_the_readme_works_as_written(tmp_path: Path, pacs_mini: Path) -> None:
     port = str(free_port())
     for name in ("tools", "silo_configs"):
@@ -44,7 +42,7 @@ def test_the_walk_through_of_the_readme_works_as_written(tmp_path: Path, pacs_mi
         env={**ENVIRONMENT, "IMAGES": str(pacs_mini)},
         text=True,
         capture_output=True,
-        timeout=230,
+        timeout=BOUND,
         check=False,
     )
     logs = "\n".join(f"== {log.name}\n{log.read_text()}" for log in (tmp_path / "walk").glob("*.log"))

@@ -8,6 +8,7 @@ import pytest
 
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy.events import Event, merged
+from tests.waiting import BOUND
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
@@ -43,5 +44,5 @@ def test_merging_adds_up_equal_parameters_and_forgets_the_order() -> None:
 @pytest.mark.parametrize("module", ["events", "rdp", "cap"])
 def test_what_must_start_fast_loads_neither_scipy_nor_dp_accounting(module: str) -> None:
     code = f"import sys, fedclip_secure.privacy.{module}; print({{'scipy', 'dp_accounting'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=BOUND)
     assert done.stdout.strip() == "set()"

@@ -20,6 +20,7 @@ from fedclip_secure.privacy.entries import FIRST, Begin, Data, Reserve, Settle, 
 from fedclip_secure.privacy.events import Event
 from fedclip_secure.privacy.ledger import Ledger
 from tests.privacy.books import KEYS, START, TERMS, Books, terms, units
+from tests.waiting import BOUND
 
 ROOT = Path(__file__).parents[2]
 ONE = TERMS.per_round()
@@ -654,7 +655,7 @@ def test_paying_loads_no_accountant(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path / "ledger")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=BOUND, env=environment)
     assert done.stdout.strip() == "set()"
 
 

@@ -12,11 +12,11 @@ from fedclip_secure.privacy.entries import Begin, Data, Reserve, Settle, chain_o
 from fedclip_secure.privacy.ledger import Ledger, OpenRun
 from tests.federation import failpoints
 from tests.privacy.books import Books, terms, units
+from tests.waiting import BOUND
 
 FORK = multiprocessing.get_context("fork")
 TERMS = terms(rounds=2, max_retrains=2)
 BEFORE, AFTER = units(range(5)), units(range(3, 8))  # the data change after the first round
-LIMIT = 60  # seconds for one life
 
 
 def _life(folder: Path, record: Path, point: str | None) -> None:
@@ -24,7 +24,7 @@ def _life(folder: Path, record: Path, point: str | None) -> None:
     failpoints.RECORD.open(record)
     failpoints.RECORD.add("started")
     failpoints.POINTS.kill_at = point
-    signal.alarm(LIMIT)
+    signal.alarm(int(BOUND))
     failpoints.watch_writes()
     ledger = Books(folder).open()
     run = ledger.open_run(TERMS, AFTER if 1 in settled(ledger) else BEFORE, None, changed_data=True)
@@ -55,7 +55,7 @@ def live(folder: Path, record: Path, point: str | None) -> int | None:
     """The exit code of one life."""
     process = FORK.Process(target=_life, args=(folder, record, point))
     process.start()
-    process.join(LIMIT)
+    process.join(BOUND)
     return process.exitcode
 
 

@@ -24,10 +24,10 @@ from fedclip_secure.privacy.ledger import Ledger, OpenRun
 from tests.federation import failpoints
 from tests.privacy.books import Books, terms, units
 from tests.privacy.test_ledger_kills import lines
+from tests.waiting import BOUND
 
 FORK = multiprocessing.get_context("fork")
 MEMORY = Path("/dev/shm")  # noqa: S108  # as many writes as the disk would take a minute for
-LIMIT = 60  # seconds for one life
 CAP = Cap(1.95, 1e-5)  # four rounds of these:
 SHAPE = {"rounds": 2, "max_retrains": 1}
 VICTIM, OTHER = "lab-a", "lab-b"
@@ -48,7 +48,7 @@ def _life(home: Path, silo: str, point: str | None) -> None:
     failpoints.RECORD.open(home / f"{silo}.jsonl")
     failpoints.RECORD.add("started")
     failpoints.POINTS.kill_at = point
-    signal.alarm(LIMIT)
+    signal.alarm(int(BOUND))
     failpoints.watch_writes()
     note = home / "ledger.head"
     newest = bytes.fromhex(note.read_text()) if note.exists() else None
@@ -87,7 +87,7 @@ def begun(home: Path, silo: str, point: str | None = None) -> BaseProcess:
 
 
 def ended(process: BaseProcess) -> int | None:
-    process.join(LIMIT)
+    process.join(BOUND)
     return process.exitcode
 
 

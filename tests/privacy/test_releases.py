@@ -8,20 +8,24 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from fedclip_cli import silo
+from fedclip_cli import agg, silo
 
-from fedclip_secure.config.lock import Contract
+from fedclip_secure.config.lock import Contract, read_lock, write_lock
 from fedclip_secure.config.plan import MethodPlan
 from fedclip_secure.config.silo import Policy
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.registry import METHODS, find_method
+from fedclip_secure.names import AGGREGATOR
+from fedclip_secure.pki.keys import SigningKey
+from fedclip_secure.pki.roster import Roster
 from fedclip_secure.privacy.document import Agreement, as_data
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.releases import RELEASES
 from fedclip_secure.privacy.report import SiloFacts, report_body
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.policy import check_policy
-from tests.privacy.reports import NOW, Site, contract
+from tests.aggregator.site import Site as Federation
+from tests.privacy.reports import NOW, PLAN, Site, contract
 from tools import verify_report
 
 DOMAINS = {"domains": {"all": ["oak", "birch", "cedar"]}}
@@ -71,7 +75,41 @@ def test_a_silo_does_not_accept_a_lock_that_charges_a_release_too_few(tmp_path: 
     said = str(caught.value)
     assert said.startswith("federation.lock: releases: ")
     assert FACT in said
-    assert said.endswith("ask the coordinator to run `prepare` again")
+    assert said.endswith("the coordinator must run `fedclip-agg prepare` again")
+
+
+def undercharged(tmp_path: Path) -> Federation:
+    """Enrolled, and prepared with a lock that charges one of two releases."""
+    privacy = {**PLAN["privacy"], "unit": "record"}
+    federation = Federation.create(
+        tmp_path, method={"name": "feddat"}, privacy=privacy, splits=PLAN["splits"],
+        training={"batch_size": None}, secure_aggregation={"weights": "equal"},
+    )  # fmt: skip
+    lock = read_lock(federation.home.lock_path)
+    write_lock(federation.home.lock_path, lock.model_copy(update={"noise_multiplier": 1.0, "releases": 1}))
+    for name in ("lab-a", "lab-b", "lab-c"):
+        federation.enrol(name)
+    return federation
+
+
+def test_a_coordinator_does_not_freeze_a_lock_that_every_silo_would_refuse(tmp_path: Path) -> None:
+    federation = undercharged(tmp_path)
+    done = CliRunner().invoke(agg.main, ["freeze", "--dir", str(federation.home.folder)])
+    assert done.exit_code == ConfigError.exit_code
+    assert f"error: federation.lock: releases: says that {FACT}; the coordinator must run" in done.output
+    assert federation.status().state == "enrolling"
+
+
+def test_a_server_does_not_start_on_a_frozen_lock_that_every_silo_would_refuse(tmp_path: Path) -> None:
+    federation = undercharged(tmp_path)
+    with federation.store() as store:  # as an older version froze it
+        keys = {member.silo: member.public_key for member in store.members()}
+        roster = Roster.of({**keys, AGGREGATOR: SigningKey.load(federation.home.signing_key).public_bytes})
+        store.freeze(federation.home.contract().encode(), roster.encode())
+    command = ["serve", "--dir", str(federation.home.folder), "--listen", f"127.0.0.1:{federation.port}"]
+    done = CliRunner().invoke(agg.main, command)
+    assert done.exit_code == ConfigError.exit_code
+    assert f"error: federation.lock: releases: says that {FACT}; the coordinator must run" in done.output
 
 
 def test_verify_says_that_a_release_is_not_charged(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fedclip_secure.privacy.report import SiloFacts, report_body
 from tests.privacy.reports import AUDIT, NOW, Site, body_of, plain_contract, replace
 from tests.privacy.test_verify import EDITS
 from tests.privacy.texts import texts
+from tests.waiting import BOUND
 from tools import verify_report
 
 TOOL = Path(verify_report.__file__)
@@ -42,7 +43,7 @@ def run(folder: Path, data: bytes, *options: str) -> subprocess.CompletedProcess
     path = folder / "report.json"
     path.write_bytes(data)
     command = [sys.executable, "-I", str(TOOL), str(path), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, timeout=BOUND, check=False, cwd=folder)
 
 
 def printed(data: bytes, capsys: pytest.CaptureFixture[str]) -> str:
@@ -167,7 +168,7 @@ wide = tool.Event(1000.0, 1.0, 600_000)
 print(tool.epsilon(wide, 1e-5), tool.epsilon(wide, 1e-5, 10), tool.epsilon(wide, 1e-5, replace=True))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=TOOL.parents[1], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], cwd=TOOL.parents[1], capture_output=True, text=True, timeout=BOUND, check=True
     )
     assert done.stderr == ""
     event = Event(1000.0, 1.0, 600_000)

@@ -31,6 +31,7 @@ from fedclip_secure.secagg.terms import Terms, threshold
 from tests.vectors import check_secagg_v1
 from tests.vectors.check_secagg_v1 import Difference
 from tests.vectors.make_secagg_v1 import DROPPED, LAYOUT, make, readable
+from tests.waiting import BOUND
 
 FOLDER = Path(__file__).resolve().parent.parent / "vectors"
 FILE = FOLDER / "secagg-v1.json"
@@ -310,7 +311,7 @@ def test_the_sum_proof_of_the_file_convinces_a_silo() -> None:
 
 def run_check(file: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-I", str(FOLDER / "check_secagg_v1.py"), str(file)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=BOUND, check=False)
 
 
 def test_a_second_implementation_derives_every_value() -> None:

@@ -20,6 +20,7 @@ from fedclip_secure.transport.messages import OpeningAnswer, SharesAnswer, WireL
 from tests.fakes import Federation
 from tests.secagg.lies import LyingServer
 from tests.silo.memory import Hub, MemoryLink, Silo, run_all
+from tests.waiting import BOUND
 
 VICTIM, PEER, COLLUDER = "silo-000", "silo-001", "silo-004"
 ALL = [f"silo-{i:03d}" for i in range(5)]  # n = 5, c = 1: t and floor are 4
@@ -137,13 +138,13 @@ def drops_out(party: Victim, stage: str, attempt: int = 1) -> None:
     party.link.before = vanish
 
 
-def endings(parties: Mapping[str, Silo], waited_for: Sequence[str], seconds: float = 60) -> list[str]:
+def endings(parties: Mapping[str, Silo], waited_for: Sequence[str]) -> list[str]:
     """Run all side by side until those of these names have ended: the codes with which they did."""
 
     async def main() -> list[BaseException | None]:
         tasks = {name: asyncio.create_task(party.runner().run()) for name, party in parties.items()}
         awaited = [tasks[name] for name in waited_for]
-        done, _ = await asyncio.wait(awaited, timeout=seconds)
+        done, _ = await asyncio.wait(awaited, timeout=BOUND)
         await _kill(tasks.values())
         assert len(done) == len(awaited), {name: party.said for name, party in parties.items()}
         return [task.exception() for task in awaited]
@@ -151,12 +152,12 @@ def endings(parties: Mapping[str, Silo], waited_for: Sequence[str], seconds: flo
     return [error.code if isinstance(error, ProtocolError) else repr(error) for error in asyncio.run(main())]
 
 
-def run_until(parties: Mapping[str, Silo], reached: Callable[[], bool], seconds: float = 60) -> None:
+def run_until(parties: Mapping[str, Silo], reached: Callable[[], bool]) -> None:
     """Run all side by side until something is so, and stop them there; the lied to may have ended before."""
 
     async def main() -> None:
         tasks = [asyncio.create_task(party.runner().run()) for party in parties.values()]
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(BOUND):
             while not reached():
                 await asyncio.sleep(0.002)
         await _kill(tasks)

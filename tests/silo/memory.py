@@ -30,6 +30,7 @@ from fedclip_secure.silo.runner import Runner
 from fedclip_secure.transport.messages import OpeningAnswer, SharesAnswer, SharesRequest, WireList, parse
 from tests.fakes import Federation
 from tests.silo.desk import OPENED
+from tests.waiting import BOUND
 
 _TICK = 0.002  # seconds between two looks
 Hook = Callable[[int, str], Awaitable[None]]  # attempt, stage: may wait, or raise
@@ -387,11 +388,11 @@ def silos(hub: Hub, folder: Path) -> dict[str, Silo]:
     return {name: Silo(hub, name, folder) for name in hub.federation.silos}
 
 
-def run_all(parties: Iterable[Silo], seconds: float = 20) -> None:
+def run_all(parties: Iterable[Silo]) -> None:
     """Run them side by side until all are done."""
 
     async def main() -> None:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(BOUND):
             await asyncio.gather(*(party.runner().run() for party in parties))
 
     asyncio.run(main())
@@ -406,7 +407,7 @@ def run_with_kills(
     """Run them all; `victim` is killed whenever it reaches a hold, and restarted after `meanwhile`."""
 
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             tasks = [asyncio.create_task(party.runner().run()) for party in parties if party is not victim]
             for hold, when in kills:
                 await run_until_killed(victim, hold, when)
@@ -435,7 +436,7 @@ def leave_at(parties: Iterable[Silo], victim: Silo, kill: Kill) -> None:
     """Run them until `victim` is killed; then all are, and their journals are closed."""
 
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             tasks = [asyncio.create_task(party.runner().run()) for party in parties if party is not victim]
             await run_until_killed(victim, *kill)
             for task in tasks:

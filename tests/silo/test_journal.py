@@ -21,6 +21,7 @@ from fedclip_secure.silo.journal import DamagedJournalError, Journal
 from tests.disk import file_limit
 from tests.fakes import Federation
 from tests.silo.desk import AGREED, STAGES, Desk, step_of, up_to
+from tests.waiting import BOUND
 
 OTHER_MODEL = b"m" * 32
 _NOBODY = 65534  # a user without privileges
@@ -491,13 +492,13 @@ def test_second_process_is_refused_as_long_as_the_first_is_there(
     (desk.folder / "copied").mkdir()
     journal = desk.open()
     command = [sys.executable, "-c", _SECOND, str(desk.folder / workdir), str(desk.folder / identity / "epoch")]
-    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BOUND)
     assert second.returncode == 1
     assert said in second.stderr
     desk.begin(journal)
     journal.close()
     command = [sys.executable, "-c", _SECOND, str(desk.workdir), str(desk.epoch)]
-    assert subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stderr == ""
+    assert subprocess.run(command, capture_output=True, text=True, check=False, timeout=BOUND).stderr == ""
 
 
 # Creation

@@ -49,6 +49,7 @@ from fedclip_secure.silo.train import take_part
 from fedclip_secure.training.inputs import load_inputs
 from fedclip_secure.training.prepare import prepare
 from tests.aggregator.site import NAMES, Site, free_port
+from tests.waiting import BOUND
 
 SILOS, DIM, RECORDS = NAMES[:3], 8, 60
 CLASSES = {"cat": "cat", "dog": "dog"}
@@ -99,7 +100,7 @@ class Labs:
                 "unit": "record", "sample_rate": 0.3, "steps_per_round": 3, "noise_multiplier": 1.5,
                 "max_grad_norm": 1.0, "update_divisor": 15.0, "delta": 1e-5, **privacy,
             },
-            "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), 20),
+            "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), int(BOUND)),
         }  # fmt: skip
         home.plan_path.write_text(yaml.safe_dump(plan, sort_keys=False))
         text = {"text_features": np.eye(2, DIM, dtype=np.float32), "logit_scale": np.float32(10.0)}
@@ -154,7 +155,7 @@ class Labs:
         """All three, each with its own `how`; what each ended with."""
 
         async def main() -> list[BaseException | None]:
-            async with self.site.serving(), asyncio.timeout(100):
+            async with self.site.serving(), asyncio.timeout(BOUND):
                 tasks = [self.train(name, **how.get(name.replace("-", "_"), {})) for name in SILOS]
                 return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -164,7 +165,7 @@ class Labs:
         """One of them, against the running server."""
 
         async def main() -> BaseException | None:
-            async with self.site.serving(), asyncio.timeout(100):
+            async with self.site.serving(), asyncio.timeout(BOUND):
                 return (await asyncio.gather(self.train(name, **how), return_exceptions=True))[0]
 
         return asyncio.run(main())
@@ -483,6 +484,15 @@ def test_a_bound_of_units_that_does_not_hold_is_not_signed(tmp_path: Path) -> No
                 make_report(config, labs.site.identities[name], labs.accepted, None)
 
 
+def test_a_report_before_any_training_begins_no_ledger(tmp_path: Path) -> None:
+    labs, name = Labs.create(tmp_path), SILOS[0]
+    config = labs.configs[name]
+    body = json.loads(make_report(config, labs.site.identities[name], labs.accepted, None))["body"]
+    assert body["ledger"]["entries"] == []
+    assert not Path(config.ledger).exists()
+    assert not note_of(config).exists()
+
+
 def test_a_silo_that_stops_between_rounds_goes_on_with_the_same_run_and_pays_nothing_twice(tmp_path: Path) -> None:
     labs, name = Labs.create(tmp_path), SILOS[0]
 
@@ -491,7 +501,7 @@ def test_a_silo_that_stops_between_rounds_goes_on_with_the_same_run_and_pays_not
             raise StoppedOnPurposeError
 
     async def main() -> None:
-        async with labs.site.serving(), asyncio.timeout(100):
+        async with labs.site.serving(), asyncio.timeout(BOUND):
             others = [asyncio.create_task(labs.train(other)) for other in SILOS[1:]]
             with pytest.raises(StoppedOnPurposeError):
                 await labs.train(name, stop)
@@ -571,7 +581,7 @@ def command(labs: Labs, name: str, *words: str, answer: str = "") -> str:
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "400"}
     done = subprocess.run(
         [sys.executable, *words],
-        capture_output=True, text=True, timeout=90, check=False, env=environment, input=answer,
+        capture_output=True, text=True, timeout=BOUND, check=False, env=environment, input=answer,
     )  # fmt: skip
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
 
@@ -582,7 +592,7 @@ def test_two_federations_of_one_organisation_are_trained_at_once_into_one_ledger
     second.configs[name] = second.configs[name].model_copy(update={"ledger": shared})
 
     async def main() -> None:
-        async with first.site.serving(), second.site.serving(), asyncio.timeout(200):
+        async with first.site.serving(), second.site.serving(), asyncio.timeout(BOUND):
             await asyncio.gather(*(labs.train(silo) for labs in (first, second) for silo in SILOS))
 
     asyncio.run(main())

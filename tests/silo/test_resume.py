@@ -33,6 +33,7 @@ from tests.silo.memory import (
     run_until_killed,
     run_with_kills,
 )
+from tests.waiting import BOUND
 
 MESSAGES = ("key-ads", "bundles", "uploads", "agrees", "unmasks", "results")
 KILLS = [(stage, when) for stage in MESSAGES[:5] for when in ("before", "after")]
@@ -165,7 +166,7 @@ def test_all_silos_killed_at_once_finish_the_same_attempt(
     parties = _parties(hub, tmp_path)
 
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             await asyncio.gather(*(run_until_killed(party, Hold(1, stage), "before") for party in parties.values()))
             for party in parties.values():
                 party.restart()
@@ -293,7 +294,7 @@ def test_silo_whose_shares_may_be_out_joins_no_other_attempt_over_the_model(
         hub.advance()
 
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             tasks = [asyncio.create_task(parties[name].runner().run()) for name in others]
             running = asyncio.create_task(run_until_killed(victim, Hold(1, stage), when))
             await _until(lambda: VICTIM in hub.session.agrees)
@@ -376,7 +377,7 @@ def test_after_it_agreed_a_silo_leaves_an_attempt_over_other_names_and_finishes_
             raise LeftOutError(lacking)
 
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             tasks = [asyncio.create_task(party.runner().run()) for party in others]
             await run_until_killed(victim, Hold(1, "agrees"), "after")
             parties[LAST].link.before = vanishes
@@ -414,7 +415,7 @@ def test_honest_server_waits_for_all_names_that_a_silo_agreed_to(
             assert hub.session.phase is Phase.JOIN
 
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             tasks = [asyncio.create_task(party.runner().run()) for party in others]
             hub.waits_for = {}
             await run_until_killed(victim, Hold(1, "agrees"), "after")
@@ -434,7 +435,7 @@ def test_honest_server_waits_for_all_names_that_a_silo_agreed_to(
 
 def _abandon(victim: Silo, number: int) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             await victim.runner().run(abandon=number)
 
     asyncio.run(main())
@@ -476,7 +477,7 @@ def _given_up(hub: Hub, parties: dict[str, Silo], others: list[Silo]) -> None:
     victim = parties[VICTIM]
 
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(BOUND):
             runs = [asyncio.create_task(party.runner().run()) for party in others]
             await asyncio.gather(victim.runner().run(abandon=1), *runs)
 

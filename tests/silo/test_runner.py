@@ -25,6 +25,7 @@ from fedclip_secure.secagg.ring import read_total
 from fedclip_secure.transport.messages import OpeningAnswer, SharesRequest, parse
 from tests.fakes import Federation
 from tests.silo.memory import Hub, Silo, run_all, silos
+from tests.waiting import BOUND
 
 
 def _federation(size: int = 4, rounds: int = 2) -> Federation:
@@ -78,7 +79,7 @@ def test_left_out_silo_comes_back_with_the_same_vector_and_fresh_keys(hub: Hub, 
         while not parties["silo-001"].sent("key-ads", 2):
             await asyncio.sleep(0.001)
         vectors.append(parties["silo-001"].journal.models()[0].vector)
-        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+        await asyncio.wait_for(asyncio.gather(*tasks), BOUND)
 
     asyncio.run(main())
     assert vectors[0] == vectors[1]
@@ -229,7 +230,7 @@ def test_silo_complains_of_a_peer_and_uploads_nothing(hub: Hub, tmp_path: Path) 
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    asyncio.run(asyncio.wait_for(main(), 15))
+    asyncio.run(asyncio.wait_for(main(), BOUND))
     stages = [stage for _, stage, _ in victim.link.sent]
     assert stages == ["key-ads", "bundles", "complaints"]
     complaint = open_message(victim.link.sent[-1][2], Complaint, "test", hub.federation.terms.roster).body

@@ -27,8 +27,9 @@ from fedclip_secure.simulate.sources import find_sources
 from fedclip_secure.simulate.tables import markdown, write_tables
 from fedclip_secure.simulate.workshop import Setting, Workshop
 from tests.demo.test_demo import alive, children
-from tests.federation.processes import BIN, start, wait_for
+from tests.federation.processes import BIN, start
 from tests.simulate.worlds import write_experiment, write_sites
+from tests.waiting import BOUND, wait_for
 
 LONG = {"training": {"rounds": 20, "batch_size": 8, "optimizer": {"name": "adam", "lr": 3e-3}}}
 PRIVACY = {
@@ -76,12 +77,11 @@ def stop(program: subprocess.Popen[str], number: signal.Signals) -> int:
     """End the program; none of its processes may run on."""
     started = children(program.pid)
     os.kill(program.pid, number)
-    code = program.wait(timeout=30)
-    wait_for("the workers' end", lambda: not any(map(alive, started)), 20)
+    code = program.wait(BOUND)
+    wait_for("the workers' end", lambda: not any(map(alive, started)))
     return code
 
 
-@pytest.mark.timeout(150)
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_one_table(
     path, out, log = write_experiment(tmp_path, defaults=LONG, seeds=[0, 1]), tmp_path / "out", tmp_path / "log"
     program = start(BIN / "fedclip-agg", "simulate", path, "--out", out, "--workers", "1", cwd=tmp_path, log=log)
     try:
-        wait_for("some cells", lambda: len(cells(out)) >= 2, 60)
+        wait_for("some cells", lambda: len(cells(out)) >= 2, program)
         assert stop(program, number) == code
     finally:
         program.kill()

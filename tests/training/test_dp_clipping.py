@@ -36,6 +36,7 @@ from tests.training.dp_models import (
     plain_loss,
     select,
 )
+from tests.waiting import BOUND
 
 ALONE: Callable[[int], Integers] = np.arange
 
@@ -194,7 +195,7 @@ def test_clipped_sums_need_no_opacus() -> None:
         "assert clipped_sum(torch.nn.Linear(3, 2), phase, batch, np.arange(2), 1.0).any()\n"
         "sys.exit('opacus' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=BOUND).returncode == 0
 
 
 def test_batch_norm_is_refused_with_its_reason() -> None:

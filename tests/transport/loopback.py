@@ -24,9 +24,10 @@ from fedclip_secure.pki.identity import Enrolment, Identity, create_key, signing
 from fedclip_secure.pki.keys import PublicKey, write_private_key
 from fedclip_secure.transport.client import Patience
 from fedclip_secure.transport.tls import peer_certificate, server_context
+from tests.waiting import BOUND
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-QUICK = Patience(tries=2, first_wait=0.01, silence=5.0, connect=5.0)
+QUICK = Patience(tries=2, first_wait=0.01, silence=BOUND, connect=BOUND)
 
 
 @dataclass
@@ -143,7 +144,7 @@ def alerting(context: ssl.SSLContext) -> Iterator[int]:
         finally:
             ended.set()
             socket.create_connection(listener.getsockname()).close()
-            thread.join(10)
+            thread.join(BOUND)
 
 
 async def who(request: web.Request) -> web.Response:
@@ -168,7 +169,7 @@ class ConnectProxy:
             try:
                 yield server.sockets[0].getsockname()[1]
             finally:
-                await asyncio.wait_for(asyncio.gather(*self.tasks), 10)
+                await asyncio.wait_for(asyncio.gather(*self.tasks), BOUND)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.tasks.append(asyncio.create_task(self._serve(reader, writer)))

@@ -19,6 +19,7 @@ from fedclip_secure.transport.problems import CONTENT_TYPE, Problem
 from fedclip_secure.transport.tls import client_context, enrolment_context
 from tests.disk import file_limit
 from tests.transport.loopback import QUICK, ConnectProxy, Federation, Handler, Waits, alerting, serving, who
+from tests.waiting import BOUND
 
 T = TypeVar("T")
 Use = Callable[[Client], Awaitable[T]]
@@ -63,7 +64,7 @@ def run(
                 return await use(session)
 
     async def bounded() -> T:
-        return await asyncio.wait_for(scenario(), 20)
+        return await asyncio.wait_for(scenario(), BOUND)
 
     return asyncio.run(bounded())
 
@@ -176,7 +177,7 @@ def behind_alerts(server: ssl.SSLContext, client: ssl.SSLContext) -> str:
             await session.get("/v1/who")
 
     with alerting(server) as port, pytest.raises(FedClipError) as caught:
-        asyncio.run(asyncio.wait_for(scenario(port), 20))
+        asyncio.run(asyncio.wait_for(scenario(port), BOUND))
     return str(caught.value)
 
 
@@ -276,7 +277,7 @@ def test_wait_for_a_server_that_comes_up_later_is_told(federation: Federation, i
             async with serving(who, federation.server_context(), port):
                 return await request, waits
 
-    shown, waits = asyncio.run(asyncio.wait_for(scenario(), 20))
+    shown, waits = asyncio.run(asyncio.wait_for(scenario(), BOUND))
     assert federation.authority.client_name(shown) == "st-marys"
     assert "refuses connections; is it running" in waits.told[0][0]
     assert all(0 < seconds <= 0.05 for _, seconds in waits.told)
@@ -319,15 +320,15 @@ def test_slow_upload_outlasts_the_silence_limit(federation: Federation, identity
         return web.Response(text=str(len(await request.read())))
 
     async def trickle() -> AsyncIterator[bytes]:
-        for _ in range(6):
-            await asyncio.sleep(0.1)
+        for _ in range(8):
+            await asyncio.sleep(0.5)
             yield bytes(1000)
 
     async def put(client: Client) -> bytes:
-        return (await client.put_stream("/v1/vector", trickle, 6000)).body
+        return (await client.put_stream("/v1/vector", trickle, 8000)).body
 
-    hasty = Patience(tries=1, silence=0.4)
-    assert run(count, federation.server_context(), client_context(identity), put, patience=hasty) == b"6000"
+    hasty = Patience(tries=1, silence=3)
+    assert run(count, federation.server_context(), client_context(identity), put, patience=hasty) == b"8000"
 
 
 def test_broken_upload_is_sent_again_whole(federation: Federation, identity: Identity) -> None:
@@ -467,7 +468,7 @@ def run_through(
                 return await get(session)
 
     async def bounded() -> bytes:
-        return await asyncio.wait_for(scenario(), 20)
+        return await asyncio.wait_for(scenario(), BOUND)
 
     return asyncio.run(bounded())
 

@@ -19,6 +19,7 @@ from fedclip_secure.transport.enrolment import AUTHORITY_PATH, ENROL_PATH, enrol
 from fedclip_secure.transport.messages import EnrolAnswer, EnrolRequest, parse
 from fedclip_secure.transport.problems import CONTENT_TYPE, Problem
 from tests.transport.loopback import QUICK, Federation, Waits, serving, who
+from tests.waiting import BOUND
 
 
 @dataclass
@@ -71,7 +72,7 @@ def run(coordinator: Coordinator, token: str, folder: Path, context: ssl.SSLCont
     async def scenario() -> Identity:
         server = context or coordinator.federation.server_context()
         async with serving(coordinator.handle, server) as port:
-            return await asyncio.wait_for(enroll(f"https://127.0.0.1:{port}/", token, folder, Waits()), 20)
+            return await asyncio.wait_for(enroll(f"https://127.0.0.1:{port}/", token, folder, Waits()), BOUND)
 
     return asyncio.run(scenario())
 
