@@ -39,7 +39,7 @@ LABELS = {name: f"fedclip/v1/{name}\0".encode() for name in ("privacy-report", "
 SLACK = 0.0002  # of an epsilon, relative above 1: by so much two programs differ in their grids and roundings
 GROUPS = [1, 2, 5, 10]
 MOST_BYTES = 1 << 28
-MOST_CANARIES = 1_000_000
+MOST_CANARIES = 20_000
 HOUR = 3600  # seconds
 MOST_STEPS = 2_000_000
 GRIDS = (512, 2048, 8192, 32768, 131072)  # points that the losses of one step lie on
@@ -74,6 +74,10 @@ RELEASES = dict.fromkeys(  # noisy sums of one step, by the method's name
     ),
     1,
 ) | {"feddat": 2}
+FIRST_VERSION = (
+    "It is of version 1. Such a report can still be written: it does not hold which code trained, when it was tested, "
+    "and whether the limit was changed, and what it calls tested is the silo's word."
+)
 SENTENCES = {
     "claim": "Adding or removing any one {unit} makes nothing that training at {silo} puts into its uploads to "
     "federation {federation}, or into any model made from them, more than {times} times as likely "
@@ -81,6 +85,8 @@ SENTENCES = {
     "lifetime": "No {unit} takes part in a run that would take its charges, over all runs of this ledger, above "
     "ε = {epsilon:.4g} at δ = {delta}. This bounds its lifetime if the limit stood from the first run on and is "
     "never raised.",
+    "changed limit": "The silo's limit is ε = {epsilon:.4g} at δ = {delta} now, and was another before: it bounds no "
+    "lifetime.",
     "together": "Over all rounds that the plan of federation {federation} allows, ε = {worst:.4f} holds for any one "
     "{unit} at one silo alone, and {everywhere} for a person with one {unit} at every silo, both with δ = {delta}.",
 }
@@ -114,13 +120,16 @@ TEXTS = {  # by part and id: the first 16 digits of a SHA-256
     "assumptions/limit-kept": "0b7e83f1b029573a",
     "assumptions/limit-lowered": "1c9fb5d547a9a202",
     "assumptions/limit-raised": "1b91d007144c005b",
+    "assumptions/limit-removed": "15b747b4203b1bc0",
     "assumptions/limit-unrecorded": "41d966d5ce84af80",
     "assumptions/masks": "a40c57850deea927",
     "assumptions/mechanism": "f3a93b55689d6483",
     "assumptions/mechanism-failed": "752ae2e5a9f1e4b3",
     "assumptions/mechanism-said": "826a7ef731c500b8",
+    "assumptions/mechanism-unaudited": "e06b44cb3cfa3720",
     "assumptions/mechanism-untested": "83926a5d2cb7b4e5",
     "assumptions/no-limit": "d3024ea4b47c8aa3",
+    "assumptions/nothing-spent": "68b0fd3386db4771",
     "assumptions/runs-fit": "93fe639caa621300",
     "assumptions/second-accountant": "1382021282c95784",
     "assumptions/second-accountant-differs": "515bd62c417a6d62",
@@ -287,6 +296,9 @@ def real(low: float = -math.inf, high: float = math.inf, *, above: bool = False)
     return lambda value: type(value) is float and low <= value <= high and not (above and value == low)
 
 
+NOISE = real(1e-3, 1e6)  # beyond them squares over- and underflow
+
+
 def is_fraction(value: Json) -> bool:
     """Between 0 and 1."""
     return type(value) is float and 0 < value < 1
@@ -426,7 +438,7 @@ PLAN = {
             "unit": UNIT,
             "sample_rate": real(0, 1, above=True),
             "steps_per_round": whole(1, 100_000),
-            "noise_multiplier": Maybe(real(0, 10_000, above=True)),
+            "noise_multiplier": Maybe(real(1e-3, 10_000)),
             "target_epsilon": Maybe(real(0, 1000, above=True)),
             "max_grad_norm": POSITIVE,
             "update_divisor": POSITIVE,
@@ -447,12 +459,12 @@ LOCK = {
     "initial_model": HEX32,
     "initial_file": HEX32,
     "method_state": lambda v: isinstance(v, dict),
-    "noise_multiplier": Maybe(POSITIVE),
+    "noise_multiplier": Maybe(NOISE),
     "releases": whole(1),
 }
 LIMIT = {"epsilon": POSITIVE, "delta": is_fraction}
 ENTRY = {"version": whole(1, 2), "number": whole(1), "previous": HEX32, "at": whole(0), "silo": NAME, "key": HEX32}
-STEP = {"noise_multiplier": POSITIVE, "sample_rate": real(0, 1, above=True)}
+STEP = {"noise_multiplier": NOISE, "sample_rate": real(0, 1, above=True)}
 NEWER = ENTRY | {"version": whole(2, 2)}
 NORMALISED = [[], ["casefold"], ["strip_zeros"], ["casefold", "strip_zeros"]]
 ENTRIES = {
@@ -541,6 +553,7 @@ SILO = COMMON | {
         {
             "at": Absent(lambda v: whole(0)(v) and v % HOUR == 0),
             "code": Absent(HEX32),
+            "received": Absent(HEX32),
             "self_tests": Many({"name": set(TESTS), "passed": BOOLEAN, "shows": PLAIN}, 100),
             "attack": Maybe(
                 dict.fromkeys(("canaries", "guesses", "right"), whole(0))
@@ -811,6 +824,7 @@ class Ledger:
         self.runs: dict[str, Run] = {}
         self.run_of: dict[str, Run] = {}  # by hash of the reservation
         self.sets: set[str] = set()
+        self.known: set[tuple[str, str, str]] = set()  # silo, plan and roster of runs
         previous = "0" * 64
         for number, item in enumerate(body["ledger"]["entries"], 1):
             entry, where = item["entry"], f"entry {number}"
@@ -868,14 +882,14 @@ class Ledger:
 
     def _begin(self, entry: Json, where: str) -> None:
         run = Run(entry)
-        new = entry["run"] not in self.runs and run.of not in [other.of for other in self.runs.values()]
+        new = entry["run"] not in self.runs and run.of not in self.known
         need(new, f"{where} begins a run that was begun before")
-        units = {other.begin["unit"] for other in self.runs.values()}
-        need(units <= {entry["unit"]}, f"{where} charges another unit than those before it")
+        self.known.add(run.of)
+        first = next(iter(self.runs.values())).begin if self.runs else entry  # all others are as this one
+        need(first["unit"] == entry["unit"], f"{where} charges another unit than those before it")
         named = entry.get("patients", [])
         need(entry["unit"] == "patient" or not named, f"{where} names patients where the unit is a record")
-        same = all(other.begin.get("patients", []) == named for other in self.runs.values())
-        need(same, f"{where} normalises patients in another way than those before it")
+        need(first.get("patients", []) == named, f"{where} normalises patients in another way than those before it")
         self._new_set(entry, where)
         self.runs[entry["run"]] = run
 
@@ -906,17 +920,18 @@ class Run:
         self.of = begin["silo"], begin["plan"], begin["roster"]
         self.reserved: dict[str, Json] = {}
         self.settled: dict[str, int] = {}  # reservation: number of the entry
+        self.rounds: set[int] = set()  # that were ever reserved
 
     def reserve(self, entry: Json, digest: str, where: str) -> None:
         """Take one more charge, if it keeps to the terms of the run."""
         begin = self.begin
-        rounds = {before["round"] for before in self.reserved.values()} | {entry["round"]}
+        self.rounds.add(entry["round"])
         steps = begin["steps_per_round"] * begin["releases"]
         event = entry["noise_multiplier"], entry["sample_rate"], entry["steps"], entry["set"]
         same = event == (begin["noise_multiplier"], begin["sample_rate"], steps, self.set)
         need(entry["version"] == 1 or bool(self.codes), f"{where} does not say which program trains")
         need(same and entry["round"] <= begin["rounds"], f"{where} reserves something else than its run began with")
-        retrains = len(self.reserved) + 1 - len(rounds)
+        retrains = len(self.reserved) + 1 - len(self.rounds)
         need(entry["retrain"] == retrains <= begin["max_retrains"], f"{where} miscounts the retrains, or has too many")
         self.reserved[digest] = entry
 
@@ -1066,7 +1081,8 @@ def check_lifetime(body: Json, ledger: Ledger) -> None:
     right = order == best and math.isclose(life["budget"], budget(best), rel_tol=1e-6) and budget(best) > 0
     need(right, "the limit's order or budget is wrong")
     this_run = per_round(body) * rounds_of(body) * rdp_at(sigma, rate, order)
-    left = max(0, rounds_of(body) - len(ledger.reserved)) * per_round(body) * rdp_at(sigma, rate, order)
+    more = 0 if ledger.run and ledger.run.ended else max(0, rounds_of(body) - len(ledger.reserved))
+    left = more * per_round(body) * rdp_at(sigma, rate, order)
     every = [entry for entry in ledger.entries if entry["kind"] == "reserve"]
     every_run = left + sum(e["steps"] * rdp_at(e["noise_multiplier"], e["sample_rate"], order) for e in every)
     need(math.isclose(life["this_run"], this_run, rel_tol=1e-6), "what this run takes of the limit is wrong")
@@ -1084,6 +1100,7 @@ def check_audit(body: Json) -> None:
     attack, proven = audit["attack"], audit["attack"]["epsilon_at_least"]
     if body["version"] > 1:
         need(attack["canaries"] <= MOST_CANARIES, "an attack has more canaries than any audit")
+        need(attack["confidence"] == 0.95, "what an attack proves is said with another confidence than 0.95")
         least = proven_by(attack, body["claim"]["delta"])
         need(abs(proven - least) <= SLACK, f"the guesses prove an epsilon of {least:.4f}, and {proven} is given")
     passed = all(test["passed"] for test in audit["self_tests"])
@@ -1115,7 +1132,10 @@ def proven_by(attack: Json, delta: float) -> float:
 def check_audit_form(body: Json) -> None:
     """Version 1 had neither its hour nor its code; it is no younger than the report."""
     audit = body["audit"] or {}
-    need(body["version"] > 1 or not set(audit) & {"at", "code"}, "version 1 does not say when and on what code")
+    need(
+        body["version"] > 1 or not set(audit) & {"at", "code", "received"},
+        "version 1 does not say when and on what code",
+    )
     need(audit.get("at", 0) <= body["at"], "the audit is younger than the report")
 
 
@@ -1134,7 +1154,8 @@ def check_texts(body: Json, ledger: Ledger | None) -> None:
         values = {"silo": body["silo"], "federation": body["federation"], "times": times(claim["epsilon"])}
         check_sentence("claim", claim, epsilon=claim["epsilon"], unit=claim["unit"], delta=claim["delta"], **values)
     if life is not None:
-        check_sentence("lifetime", life, unit=claim["unit"], **life["limit"])
+        changed = ledger is not None and bound_id(body, ledger) in {"limit-raised", "limit-below-run", "limit-lowered"}
+        check_sentence("changed limit" if changed else "lifetime", life, unit=claim["unit"], **life["limit"])
 
 
 def check_part(body: Json, part: str, ids: list[str]) -> None:
@@ -1223,12 +1244,12 @@ def assumption_ids(body: Json, ledger: Ledger | None) -> list[str]:
 def bound_id(body: Json, ledger: Ledger) -> str:
     """What holds over all runs, by the limits that the silo held them to."""
     life, today = body["lifetime"], body["limit"]
+    mine = [entry["limit"] for entry in ledger.entries if entry["silo"] == body["silo"] and "limit" in entry]
     if life is None:
-        return "no-limit"
+        return "limit-removed" if any(mine) else "no-limit"
     fits = life["every_run"] <= life["budget"]
     if body["version"] == 1:
         return "all-runs-fit" if fits else "limit-kept"
-    mine = [entry["limit"] for entry in ledger.entries if entry["silo"] == body["silo"] and "limit" in entry]
     pairs = [(math.inf, 1.0) if limit is None else (limit["epsilon"], limit["delta"]) for limit in [*mine, today]]
     runs = ledger.runs.values()
     found = {
@@ -1236,6 +1257,7 @@ def bound_id(body: Json, ledger: Ledger) -> str:
         "limit-below-run": life["this_run"] > life["budget"] * (1 + 1e-9),
         "limit-lowered": len(set(pairs)) > 1,
         "limit-unrecorded": not all("limit" in run.begin for run in runs),
+        "nothing-spent": not runs,
         "runs-fit": fits and all(limit == today for run in runs for limit in run.limits),
     }
     return next((name for name, holds in found.items() if holds), "limit-kept")
@@ -1254,13 +1276,15 @@ def tests_and_code_ids(body: Json, ledger: Ledger) -> list[str]:
         ran = "code-nothing-trained"
     else:
         ran = "code-unrecorded" if not codes else "code-one" if len(codes) == 1 else "code-changed"
-    found = [ran, "mechanism-failed" if not passed else "mechanism-said" if every else "mechanism-untested"]
+    found = [ran, "mechanism-failed" if not passed else "mechanism-said" if every else "mechanism-unaudited"]
     if audit is None or ledger.begin is None or found[1] != "mechanism-said":
         return found
     known = bool(codes) and "code" in audit
     found.append(("audited-same" if codes == {audit["code"]} else "audited-other") if known else "audited-unknown")
     if "at" in audit and ledger.reserved:
-        later = audit["at"] - next(iter(ledger.reserved.values()))["at"] // HOUR * HOUR
+        first = next(iter(ledger.reserved.values()))
+        rounds = [model["round"] for model in body["models"] if model["digest"] == audit.get("received")]
+        later = 1 if max(rounds, default=0) >= first["round"] else audit["at"] - first["at"] // HOUR * HOUR
         found.append("audit-before" if later < 0 else "audit-after" if later > 0 else "audit-in-the-hour")
     return found
 
@@ -1317,6 +1341,8 @@ def check_silo(out: Printed, report: Json, name: str, held: Sequence[bytes] = ()
     out.check(f"{name}wording", lambda: check_texts(body, ledger))
     tests = (body["audit"] or {"self_tests": []})["self_tests"]
     out.tests_failed += [f"{test['name']} at {body['silo']}" for test in tests if not test["passed"]]
+    if body["version"] == 1:
+        out.open.append(f"{body['silo']}: {FIRST_VERSION}")
     left = [item for item in body["assumptions"] if item["state"] == "open"]
     out.open += [f"{body['silo']}: {item['text']}? {item['because']}" for item in left]
 

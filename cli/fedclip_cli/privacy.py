@@ -162,7 +162,7 @@ def _print_audit(result: AuditResult, kept: Path) -> None:
         out.print(Text.assemble(mark, " ", found.name, ": ", found.shows))
         if not found.passed:
             out.print(f"  {found.failure}", markup=False)
-    hour = time.strftime("%Y-%m-%d %H:00 UTC", time.gmtime(result.at))
+    hour = time.strftime("%Y-%m-%d %H h UTC", time.gmtime(result.at))
     out.print(
         f"{hour}, code {result.code[:16]}, on {result.setting.device}, from {result.setting.came_from}; "
         f"it took {result.seconds:.0f} s",

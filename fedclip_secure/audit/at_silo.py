@@ -29,13 +29,12 @@ def setting_of(contract: Contract, silo: SiloConfig, received: AdapterState | No
         ConfigError: the device is not there.
         ModelError: the weights are not those of the lock.
     """
-    device, lock = choose_device(silo.device), contract.lock.encoder
+    digest = None if received is None else received.digest.hex()
+    setting = Setting(device=choose_device(silo.device), silo=silo.name, received=digest)
     if find_method(contract.plan.method).spec.backprop == "none":
-        return _starting(Setting(lock.dim, device, silo=silo.name), contract, received)
+        return _starting(replace(setting, dim=contract.lock.encoder.dim), contract, received)
     encoder = _encoder_at_hand(contract, silo)
-    if encoder is None:
-        return Setting(device=device, silo=silo.name)
-    return _starting(Setting(device=device, encoder=encoder, silo=silo.name), contract, received)
+    return setting if encoder is None else _starting(replace(setting, encoder=encoder), contract, received)
 
 
 def _starting(setting: Setting, contract: Contract, received: AdapterState | None) -> Setting:

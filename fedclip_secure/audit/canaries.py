@@ -31,10 +31,9 @@ from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.methods.base import Batch, Phase
 from fedclip_secure.privacy import accountant
 from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.one_run import epsilon_at_least
+from fedclip_secure.privacy.one_run import CONFIDENCE, epsilon_at_least
 from fedclip_secure.training.records import select
 
-CONFIDENCE = 0.95  # of the published bound
 _SIDE = 100  # of the canaries' weight matrix, each of whose entries is one canary's own
 CANARIES = _SIDE**2
 GUESSES = 4_000  # half of them "in", for the highest scores, half "out", for the lowest

@@ -25,6 +25,7 @@ from fedclip_secure.config.plan import FederationPlan, PrivacyPlan
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy import document
 from fedclip_secure.privacy.entries import HOUR
+from fedclip_secure.privacy.one_run import CONFIDENCE
 from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.training.dp import PrivateTrainer
 
@@ -61,12 +62,13 @@ class AuditResult:
         return document.Audit(
             at=self.at,
             code=self.code,
+            received=self.setting.received,
             self_tests=tests,
             attack=document.Attack(
                 canaries=canaries.CANARIES,
                 guesses=canaries.GUESSES,
                 right=self.attack.right,
-                confidence=canaries.CONFIDENCE,
+                confidence=CONFIDENCE,
                 epsilon_at_least=round(self.attack.epsilon_at_least, 4),
                 curve=[
                     document.Rates(false_positives=round(false, 4), true_positives=round(true, 4))

@@ -26,6 +26,7 @@ class Setting:
     start: AdapterState | None = None  # what the silo received; None: initial weights from the plan's seed
     came_from: str = FRESH  # the start, in words
     silo: str | None = None
+    received: str | None = None  # digest of the model that the silo has received last
 
     @property
     def encoder_in_words(self) -> str:

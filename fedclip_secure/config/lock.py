@@ -93,7 +93,7 @@ class FederationLock(Strict):
     initial_model: Sha256  # digest of the adapter that round 1 starts from
     initial_file: Sha256  # of initial.safetensors
     method_state: dict[str, Any] = Field(default_factory=dict)
-    noise_multiplier: Annotated[Number, Field(gt=0)] | None = None  # with `privacy`: sigma, for all rounds
+    noise_multiplier: Annotated[Number, Field(ge=1e-3, le=1e6)] | None = None  # with `privacy`: sigma, for all rounds
     releases: int = Field(default=1, ge=1)  # noisy sums of one step: one for each phase of the method
 
 

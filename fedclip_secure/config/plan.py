@@ -210,7 +210,7 @@ class PrivacyPlan(Strict):
     unit: Literal["record", "patient"]  # whose presence stays hidden
     sample_rate: Annotated[Number, Field(gt=0, le=1)]  # q: with what probability a unit is in a step
     steps_per_round: int = Field(ge=1, le=100_000)
-    noise_multiplier: Annotated[Number, Field(gt=0, le=10_000)] | None = None  # sigma, in max_grad_norm
+    noise_multiplier: Annotated[Number, Field(ge=1e-3, le=10_000)] | None = None  # sigma, in max_grad_norm
     target_epsilon: Annotated[Number, Field(gt=0, le=1000)] | None = None  # over all rounds; `prepare` finds sigma
     max_grad_norm: Positive  # C: what the gradient of one unit is clipped to
     update_divisor: Positive  # in place of the batch size

@@ -54,7 +54,7 @@ def assumptions(plan: FederationPlan, evidence: Evidence) -> list[Assumption]:
 def _tests_and_code(evidence: Evidence) -> list[Assumption]:
     if evidence.version == 1:
         return [_FIRST_CODE, _FIRST_TESTED if evidence.self_tests == "passed" else _MECHANISM[evidence.self_tests]]
-    found = [_RAN[evidence.ran], _MECHANISM[evidence.self_tests]]
+    found = [_RAN[evidence.ran], _MECHANISM[evidence.self_tests] if evidence.self_tests else _UNAUDITED]
     if evidence.self_tests != "passed":  # on which code, and when, would only make more of it
         return found
     if evidence.audited is not None:
@@ -236,6 +236,12 @@ _MECHANISM: dict[Verdict, Assumption] = {
         "The tests of the silo's machine are not part of this report, or not all of them.",
     ),
 }
+_UNAUDITED = _of(
+    "mechanism-unaudited",
+    "Clipping, noise and sampling are as described",
+    "open",
+    "No tests of the silo's machine are part of this report, or not all of them.",
+)
 _FLOATING_POINT = _of(
     "floating-point",
     "Computers round like real numbers",
@@ -296,6 +302,18 @@ _BOUND: dict[Bound, Assumption] = {
         "Runs on the same data do not add up without end",
         "open",
         "The silo has set no limit over its runs. Nothing is claimed beyond this one.",
+    ),
+    "removed": _of(
+        "limit-removed",
+        "Runs on the same data do not add up without end",
+        "open",
+        "The silo had set a limit for a run of this ledger, and has none now. Nothing is claimed beyond this run.",
+    ),
+    "unspent": _of(
+        "nothing-spent",
+        "Runs on the same data do not add up without end",
+        "stated",
+        "Nothing was trained under this ledger yet.",
     ),
     "raised": _of(
         "limit-raised",

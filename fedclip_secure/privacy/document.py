@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import FailFast, Field, StringConstraints, TypeAdapter, model_validator
 
 from fedclip_secure.config.fields import LATER, Name, Number, Sha256, Strict, Text
 from fedclip_secure.config.lock import Contract, FederationLock
@@ -90,7 +90,7 @@ class Members(Strict):
     """The roster; `digest` is what a silo pins."""
 
     digest: Sha256
-    members: list[Member] = Field(max_length=MAX_SILOS + 1)
+    members: Annotated[list[Member], FailFast()] = Field(max_length=MAX_SILOS + 1)
 
     @classmethod
     def of(cls, roster: Roster) -> Members:
@@ -126,9 +126,9 @@ class LedgerEntry(Strict):
 class LedgerPart(Strict):
     """The ledger from its first entry on, and the coordinator's receipts for this run's uploads."""
 
-    entries: list[LedgerEntry] = Field(max_length=1_000_000)
-    uploaded: list[Annotated[int, Field(ge=1)]]  # rounds, rising
-    receipts: list[Wire]
+    entries: Annotated[list[LedgerEntry], FailFast()] = Field(max_length=1_000_000)
+    uploaded: Annotated[list[Annotated[int, Field(ge=1)]], FailFast()]  # rounds, rising
+    receipts: Annotated[list[Wire], FailFast()]
 
 
 class Estimate(Strict):
@@ -161,7 +161,7 @@ class Attack(Strict):
     right: Count
     confidence: Probability
     epsilon_at_least: Epsilon
-    curve: list[Rates] = Field(max_length=200)
+    curve: Annotated[list[Rates], FailFast()] = Field(max_length=200)
 
     @model_validator(mode="after")
     def _possible(self) -> Attack:
@@ -175,7 +175,8 @@ class Audit(Strict):
 
     at: Annotated[Hour | None, LATER] = None  # when the tests ended; None in version 1
     code: Annotated[Sha256 | None, LATER] = None  # of what was tested, as `software.code_sha256`; None in version 1
-    self_tests: list[SelfTest] = Field(max_length=100)
+    received: Annotated[Sha256 | None, LATER] = None  # the model that the silo had received last by then; None: none
+    self_tests: Annotated[list[SelfTest], FailFast()] = Field(max_length=100)
     attack: Attack | None
 
 
@@ -197,7 +198,7 @@ class Spent(Strict):
     """What the ledger has reserved for this run until now, whether or not the round came to an end."""
 
     reservations: Count
-    trained: list[Annotated[int, Field(ge=1)]]  # rounds that were settled, rising
+    trained: Annotated[list[Annotated[int, Field(ge=1)]], FailFast()]  # rounds that were settled, rising
     retrains: Count
     epsilon: Epsilon
     replace_one: Epsilon
@@ -211,7 +212,7 @@ class Claim(Strict):
     epsilon: Epsilon  # add/remove one unit; all rounds and retrains of the plan
     delta: Probability
     replace_one: Epsilon
-    groups: list[Group]
+    groups: Annotated[list[Group], FailFast()]
     spent: Spent
 
 
@@ -249,7 +250,7 @@ class Mechanism(Strict):
     max_retrains: Count
     update_divisor: Number
     loss: Text | None  # None: the method has none
-    notes: list[Words]
+    notes: Annotated[list[Words], FailFast()]
 
 
 class Lifetime(Strict):
@@ -298,14 +299,14 @@ class SiloBody(Strict):
     units_at_least: Annotated[int, Field(ge=1, le=2**53)] | None
     limit: Limit | None
     ledger: LedgerPart | None
-    models: list[RoundModel]
+    models: Annotated[list[RoundModel], FailFast()]
     audit: Audit | None
     versions: dict[Plain, Plain] = Field(max_length=100)  # of the software that wrote this, not of what trained
     claim: Claim | None
-    scope: list[Scope]
-    not_covered: list[Note]
-    trust: list[Note]
-    assumptions: list[Assumption]
+    scope: Annotated[list[Scope], FailFast()]
+    not_covered: Annotated[list[Note], FailFast()]
+    trust: Annotated[list[Note], FailFast()]
+    assumptions: Annotated[list[Assumption], FailFast()]
     mechanism: Mechanism | None
     accounting: Accounting | None
     lifetime: Lifetime | None
@@ -331,7 +332,7 @@ class SiloSummary(Strict):
 
     silo: Name
     reported: bool
-    trained: list[Annotated[int, Field(ge=1)]]
+    trained: Annotated[list[Annotated[int, Field(ge=1)]], FailFast()]
     retrains: Count
     epsilon: Epsilon | None  # spent until now, add/remove
     replace_one: Epsilon | None
@@ -357,13 +358,13 @@ class FederationBody(Strict):
     contract: Agreement
     roster: Members
     planned_rounds: Annotated[int, Field(ge=1)]
-    models: list[RoundModel]  # of the rounds that ended
-    receipts: list[Wire]  # those that the coordinator holds
+    models: Annotated[list[RoundModel], FailFast()]  # of the rounds that ended
+    receipts: Annotated[list[Wire], FailFast()]  # those that the coordinator holds
     versions: dict[Plain, Plain] = Field(max_length=100)
     claim: Together | None
-    silos: list[SiloSummary] = Field(max_length=MAX_SILOS)
-    not_covered: list[Note]
-    reports: list[SiloReport] = Field(max_length=MAX_SILOS)
+    silos: Annotated[list[SiloSummary], FailFast()] = Field(max_length=MAX_SILOS)
+    not_covered: Annotated[list[Note], FailFast()]
+    reports: Annotated[list[SiloReport], FailFast()] = Field(max_length=MAX_SILOS)
 
 
 class FederationReport(Strict):

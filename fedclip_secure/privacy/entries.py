@@ -20,7 +20,7 @@ from fedclip_secure.config.fields import Name, Sha256, Strict
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import Normalisation
 from fedclip_secure.privacy.canonical_json import decode, encode
-from fedclip_secure.privacy.events import Event
+from fedclip_secure.privacy.events import LEAST_NOISE, MOST_NOISE, Event
 
 VERSION = 2  # of what is written; 1 is still read
 HOUR = 3600  # seconds; ledgers and reports tell whole hours alone, so that no time a training took shows
@@ -76,7 +76,7 @@ class Begin(_Entry):
     roster: Sha256
     unit: Literal["record", "patient"]
     set: Hex16  # random name of the units that take part
-    noise_multiplier: Annotated[Real, Field(gt=0)]
+    noise_multiplier: Annotated[Real, Field(ge=LEAST_NOISE, le=MOST_NOISE)]
     sample_rate: Annotated[Real, Field(gt=0, le=1)]
     steps_per_round: Counter
     releases: Counter  # of one step, each of a batch of its own
@@ -136,7 +136,7 @@ class Reserve(_Entry):
     round: Counter
     retrain: Annotated[int, Field(ge=0, le=2**53)]  # how often the run has trained again, this time included
     mechanism: Literal["poisson_gaussian"]
-    noise_multiplier: Annotated[Real, Field(gt=0)]
+    noise_multiplier: Annotated[Real, Field(ge=LEAST_NOISE, le=MOST_NOISE)]
     sample_rate: Annotated[Real, Field(gt=0, le=1)]
     steps: Counter
     set: Hex16
@@ -247,19 +247,13 @@ class Run:
     reservations: dict[str, Reserve] = field(default_factory=dict)  # by hash, in order
     settled: set[str] = field(default_factory=set)  # hashes of reservations
     rounds: set[int] = field(default_factory=set)  # that were ever reserved
-    later_codes: list[str] = field(default_factory=list)
-    later_limits: list[SetLimit | None] = field(default_factory=list)
+    codes: list[str] = field(init=False)  # hashes of all programs that were to train it, in order; version 1 has none
+    limits: list[SetLimit | None] = field(init=False)  # all that it was held to, in order, as far as entries name them
     ended: bool = False
 
-    @property
-    def codes(self) -> tuple[str, ...]:
-        """Hashes of all programs that were to train it, in order, as far as entries name them: version 1 did not."""
-        return (*([self.begin.code] if self.begin.code else []), *self.later_codes)
-
-    @property
-    def limits(self) -> tuple[SetLimit | None, ...]:
-        """All that it was held to, in order, as far as entries name them."""
-        return (*self.begin.limits, *self.later_limits)
+    def __post_init__(self) -> None:
+        self.codes = [self.begin.code] if self.begin.code else []
+        self.limits = list(self.begin.limits)
 
     @property
     def trained(self) -> set[int]:
@@ -356,9 +350,9 @@ class Chain:
             run.rounds.add(entry.round)
             self._reserved[self._head] = run
         elif isinstance(entry, Code):
-            run.later_codes.append(entry.code)
+            run.codes.append(entry.code)
         elif isinstance(entry, Limited):
-            run.later_limits.append(entry.limit)
+            run.limits.append(entry.limit)
         else:
             run.ended = True
 
@@ -393,9 +387,9 @@ class Chain:
             _check_reserve(entry, run)
         elif isinstance(entry, Data):
             self._check_new_set(entry.set)
-        elif isinstance(entry, Code) and entry.code == next(reversed(run.codes), None):
+        elif isinstance(entry, Code) and [entry.code] == run.codes[-1:]:
             raise TrustError("it notes the program that its run has already")
-        elif isinstance(entry, Limited) and [entry.limit] == list(run.limits[-1:]):
+        elif isinstance(entry, Limited) and [entry.limit] == run.limits[-1:]:
             raise TrustError("it notes the limit that its run has already")
 
     def _run_of(self, entry: Data | Reserve | Settle | Code | Limited | End) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from fedclip_secure.errors import ConfigError
 
 POISSON_GAUSSIAN = "poisson_gaussian"
+LEAST_NOISE, MOST_NOISE = 1e-3, 1e6  # beyond them squares over- and underflow, and no noise may cost nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,10 @@ class Event:
             raise ConfigError(
                 f"mechanism {self.mechanism!r} is unknown, so nothing can be charged for it; use {POISSON_GAUSSIAN!r}"
             )
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+        if not LEAST_NOISE <= self.noise_multiplier <= MOST_NOISE:  # refuses NaN too
             raise ConfigError(
-                f"noise_multiplier {self.noise_multiplier} protects nobody or is no number; give a finite value above 0"
+                f"noise_multiplier {self.noise_multiplier} cannot be accounted for; give a value from {LEAST_NOISE:g} "
+                f"to {MOST_NOISE:g}"
             )
         if not 0 < self.sample_rate <= 1:  # refuses NaN too
             raise ConfigError(f"sample_rate {self.sample_rate} is no probability of taking part; give 0 < q <= 1")

@@ -12,7 +12,9 @@ from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.document import Lifetime
 from fedclip_secure.privacy.entries import Begin, Chain, Limited, SetLimit
 
-Bound = Literal["none", "raised", "above", "lowered", "unrecorded", "fits", "kept"]  # what holds over all runs
+# What holds over all runs.
+Bound = Literal["none", "removed", "raised", "above", "lowered", "unrecorded", "unspent", "fits", "kept"]
+CHANGED: frozenset[Bound] = frozenset({"raised", "above", "lowered"})
 _ROUNDING = 1 + 1e-9
 
 
@@ -30,18 +32,20 @@ def as_entry(cap: Cap | None) -> dict[str, Any] | None:
 def bound_of(chain: Chain, silo: str, lifetime: Lifetime | None, version: int) -> Bound:
     """What a report of `version` can say of the silo's limit over all runs of its ledger."""
     if lifetime is None:
-        return "none"
+        had_one = any(limit is not None for _, limit in recorded(chain, silo))
+        return "removed" if had_one else "none"
     fits = lifetime.every_run <= lifetime.budget
     if version == 1:
         return "fits" if fits else "kept"
     today = SetLimit(epsilon=lifetime.limit.epsilon, delta=lifetime.limit.delta)
-    steps = list(pairwise([*_recorded(chain, silo), today]))
+    steps = list(pairwise([*(limit for _, limit in recorded(chain, silo)), today]))
     stood = all(limit == today for run in chain.runs.values() for limit in run.limits)  # its order was fixed by then
     found: tuple[tuple[Bound, bool], ...] = (
         ("raised", any(_rises(before, after) for before, after in steps)),
         ("above", lifetime.this_run > lifetime.budget * _ROUNDING),
         ("lowered", any(before != after for before, after in steps)),
         ("unrecorded", not all(run.begin.limits for run in chain.runs.values())),
+        ("unspent", not chain.runs),
         ("fits", fits and stood),
     )
     return next((bound for bound, holds in found if holds), "kept")
@@ -75,11 +79,12 @@ def changed(chain: Chain, silo: str, cap: Cap | None) -> str | None:
     return f"{fact}: units that have spent more take part in no further run, and reports say that it was lowered"
 
 
-def _recorded(chain: Chain, silo: str) -> Sequence[SetLimit | None]:
-    found: list[SetLimit | None] = []
+def recorded(chain: Chain, silo: str) -> Sequence[tuple[int, SetLimit | None]]:
+    """The limits that a silo's entries name, each with its hour, in order."""
+    found: list[tuple[int, SetLimit | None]] = []
     for entry in chain.entries:
         if isinstance(entry, Begin | Limited) and entry.silo == silo:
-            found += entry.limits if isinstance(entry, Begin) else [entry.limit]
+            found += [(entry.at, limit) for limit in (entry.limits if isinstance(entry, Begin) else (entry.limit,))]
     return found
 
 

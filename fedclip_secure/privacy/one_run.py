@@ -12,7 +12,8 @@ import math
 import numpy as np
 from scipy import stats
 
-MOST_CANARIES = 1_000_000  # that a bound is computed for
+MOST_CANARIES = 20_000  # that a bound is computed for: twice as many as an audit has
+CONFIDENCE = 0.95  # of the published bound
 
 
 def epsilon_at_least(right: int, guesses: int, canaries: int, delta: float, error: float) -> float:

@@ -24,7 +24,8 @@ from fedclip_secure.privacy.document import (
     SiloBody,
     SiloReport,
 )
-from fedclip_secure.privacy.entries import HOUR, Clock, Entry, Run, Settle, SignedEntry
+from fedclip_secure.privacy.entries import HOUR, Clock, Entry, Run, SetLimit, Settle, SignedEntry
+from fedclip_secure.privacy.limits import recorded
 from fedclip_secure.privacy.parties import agreed, costs, most_hurt, parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.plots import profile_svg, roc_svg, rounds_svg
@@ -101,6 +102,9 @@ def _of_silo(report: SiloReport) -> dict[str, Any]:
         "mechanism": body.mechanism,
         "accounting": body.accounting,
         "lifetime": body.lifetime,
+        "over_runs": body.assumptions[-1],
+        "limits": _limits(body, history),
+        "ended": history.ended,
         "ledger": _ledger(body, history),
         "codes": list(dict.fromkeys(codes_of(history.run))),
         "audited": _audited(body, history),
@@ -134,6 +138,20 @@ def _history(body: SiloBody) -> History:
     given = body.ledger.entries if body.ledger else []
     entries = [SignedEntry(encode(item.entry), bytes.fromhex(item.signature)) for item in given]
     return History.of(entries, body.contract.contract, body.roster.roster, body.silo)
+
+
+def _limits(body: SiloBody, history: History) -> list[str]:
+    """Those that the ledger names for this silo, and today's, where they are not all the same."""
+    named = [(f"{_hour(at)} UTC", limit) for at, limit in recorded(history.chain, body.silo)]
+    today = None if body.limit is None else SetLimit(epsilon=body.limit.epsilon, delta=body.limit.delta)
+    changes = [one for one, before in zip(named, [None, *named], strict=False) if before is None or one[1] != before[1]]
+    if all(limit == today for _, limit in changes):
+        return []
+    return [f"{when}: {_limit(limit)}" for when, limit in [*changes, ("now", today)]]
+
+
+def _limit(limit: SetLimit | None) -> str:
+    return "none" if limit is None else f"ε = {limit.epsilon:g} at δ = {wording.small(limit.delta)}"
 
 
 def _audited(body: SiloBody, history: History) -> str:

@@ -70,4 +70,6 @@ def _one_step(event: Event, order: int) -> float:
     log_terms = log_choices + log_odds + taken * (taken - 1) / 2 / sigma / sigma
     top = float(log_terms.max())
     log_sum = top + math.log(float(np.exp(log_terms - top).sum()))
+    if math.isnan(log_sum):  # never less than everything
+        return math.inf
     return (max(0.0, log_sum) + ROUNDING) / (order - 1)

@@ -42,7 +42,7 @@ from fedclip_secure.privacy.document import (
 )
 from fedclip_secure.privacy.entries import HOUR, Chain, Clock, Reserve, Run, Settle, SignedEntry, chain_of
 from fedclip_secure.privacy.figures import Charges, accounting, claimed, epsilon, groups
-from fedclip_secure.privacy.limits import bound_of
+from fedclip_secure.privacy.limits import CHANGED, bound_of
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 
@@ -85,6 +85,11 @@ class History:
         return cls(chain, chain.found(silo, contract.digest.hex(), roster.digest.hex()))
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more can be charged in the run."""
+        return self.run is not None and self.run.ended
+
+    @property
     def trained(self) -> list[int]:
         """Rounds that were settled, rising."""
         run = self.run
@@ -122,7 +127,8 @@ def report_body(facts: SiloFacts) -> dict[str, Any]:
     history = History.of(facts.entries, facts.contract, facts.roster, facts.silo)
     ledger = _ledger(facts) if planned else None
     figures = accounting(planned, facts.prv) if planned else None
-    lifetime = lifetime_of(planned, history, facts.limit)
+    lifetime = lifetime_of(planned, history, facts.limit, silo=facts.silo, version=VERSION)
+    models = [RoundModel(round=number, digest=digest.hex()) for number, digest in sorted(facts.models.items())]
     body = SiloBody(
         at=facts.at,
         federation=plan.federation,
@@ -132,7 +138,7 @@ def report_body(facts: SiloFacts) -> dict[str, Any]:
         units_at_least=facts.units_at_least,
         limit=facts.limit,
         ledger=ledger,
-        models=[RoundModel(round=number, digest=digest.hex()) for number, digest in sorted(facts.models.items())],
+        models=models,
         audit=facts.audit,
         versions=dict(facts.versions),
         claim=_claim(facts, planned, figures, history) if planned and figures else None,
@@ -140,7 +146,8 @@ def report_body(facts: SiloFacts) -> dict[str, Any]:
         not_covered=wording.not_covered(plan),
         trust=wording.trust(plan),
         assumptions=assumptions(
-            plan, evidence(history, ledger, figures, facts.audit, lifetime, silo=facts.silo, version=VERSION)
+            plan,
+            evidence(history, ledger, figures, facts.audit, lifetime, silo=facts.silo, models=models, version=VERSION),
         ),
         mechanism=mechanism(facts.contract, planned) if planned else None,
         accounting=figures,
@@ -179,16 +186,18 @@ def _claim(facts: SiloFacts, planned: PlannedRun, figures: Accounting, history: 
     )
 
 
-def lifetime_of(planned: PlannedRun | None, history: History, limit: Limit | None) -> Lifetime | None:
+def lifetime_of(
+    planned: PlannedRun | None, history: History, limit: Limit | None, *, silo: str, version: int
+) -> Lifetime | None:
     """What the silo's limit says of all runs of its ledger; None without a limit or without privacy."""
     if planned is None or limit is None:
         return None
     reserved = [entry.event for entry in history.chain.entries if isinstance(entry, Reserve)]
     left = planned.rounds - (len(history.run.reservations) if history.run else 0)
-    if left > 0:
+    if left > 0 and not history.ended:
         reserved.append(planned.after(left))
     charges = Charges.of(limit, planned, reserved)
-    return Lifetime(
+    found = Lifetime(
         runs=len(history.chain.runs),
         limit=limit,
         order=charges.order,
@@ -197,6 +206,10 @@ def lifetime_of(planned: PlannedRun | None, history: History, limit: Limit | Non
         every_run=charges.every_run,
         sentence=wording.lifetime_sentence(planned.privacy.unit, limit.epsilon, limit.delta),
     )
+    if bound_of(history.chain, silo, found, version) in CHANGED:
+        changed = wording.changed_limit_sentence(limit.epsilon, limit.delta)
+        return found.model_copy(update={"sentence": changed})
+    return found
 
 
 def mechanism(contract: Contract, planned: PlannedRun) -> Mechanism:
@@ -229,6 +242,7 @@ def evidence(
     lifetime: Lifetime | None,
     *,
     silo: str,
+    models: Sequence[RoundModel],
     version: int,
 ) -> Evidence:
     """What the states of the assumptions follow from, in a report of `version`."""
@@ -239,7 +253,7 @@ def evidence(
         self_tests=_tested(audit),
         ran=_ran(history.run),
         audited=_audited(audit, history.run),
-        audit_time=_audit_time(audit, history.run),
+        audit_time=_audit_time(audit, history.run, models),
         features=history.run.begin.features if history.run else None,
         bound=bound_of(history.chain, silo, lifetime, version),
         clock_was_wrong=any(isinstance(entry, Clock) for entry in history.chain.entries),
@@ -254,7 +268,7 @@ def _tested(audit: Audit | None) -> Verdict:
     return "passed" if tuple(test.name for test in tests) == whole else None
 
 
-def codes_of(run: Run | None) -> tuple[str, ...]:
+def codes_of(run: Run | None) -> Sequence[str]:
     """Hashes of the code that trained, in the order in which the ledger names them; none where it does not."""
     return run.codes if run else ()
 
@@ -281,10 +295,13 @@ def _audited(audit: Audit | None, run: Run | None) -> Audited | None:
     return "same" if set(codes_of(run)) == {audit.code} else "other"
 
 
-def _audit_time(audit: Audit | None, run: Run | None) -> AuditTime | None:
+def _audit_time(audit: Audit | None, run: Run | None, models: Sequence[RoundModel]) -> AuditTime | None:
     charged = first_charge(run)
-    if audit is None or audit.at is None or charged is None:
+    if audit is None or audit.at is None or run is None or charged is None:
         return None
+    first = next(iter(run.reservations.values())).round
+    if any(model.digest == audit.received and model.round >= first for model in models):
+        return "after"  # a model that came out of the silo's first round, or of a later one, was there before
     if audit.at == charged:
         return "same hour"
     return "before" if audit.at < charged else "after"

@@ -30,7 +30,12 @@ from fedclip_secure.privacy.federation_report import check_federation
 from fedclip_secure.privacy.verdict import Checks, StoppedError, Verdict, expect
 from fedclip_secure.privacy.verify_silo import Expected, check_silo
 
+_MAX_CONTRACT = 1 << 21
 _MAX_BYTES = 1 << 28  # a federation of 255 silos with long ledgers has some 10 MB
+_FIRST = (
+    "It is of version 1. Such a report can still be written: it does not hold which code trained, when it was tested, "
+    "and whether the limit was changed, and what it calls tested is the silo's word."
+)
 _KINDS: dict[str, TypeAdapter[Any]] = {
     "silo": TypeAdapter(SiloReport),
     "federation": TypeAdapter(FederationReport),
@@ -71,6 +76,8 @@ def _open_points(report: SiloReport | FederationReport) -> tuple[str, ...]:
     """Each with the silos that it is said of."""
     silos: dict[str, list[str]] = {}
     for body in _of_silos(report):
+        if body.version == 1:
+            silos.setdefault(_FIRST, []).append(body.silo)
         for item in body.assumptions:
             if item.state == "open":
                 silos.setdefault(f"{item.text}? {item.because}", []).append(body.silo)
@@ -105,6 +112,8 @@ def _model(value: Any) -> SiloReport | FederationReport:
     kind = body.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise TrustError("its kind is neither silo nor federation")
+    # The plan's lists are many kinds; of each fault in them a record would be made.
+    expect(len(encode(body.get("contract"))) <= _MAX_CONTRACT, "its plan and lock are larger than any")
     report: SiloReport | FederationReport = _KINDS[kind].validate_python(value)
     expect(encode(as_data(report)) == encode(value), "a number or a list is not in the form that this program writes")
     return report

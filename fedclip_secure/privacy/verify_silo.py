@@ -25,7 +25,7 @@ from fedclip_secure.privacy.document import (
 )
 from fedclip_secure.privacy.entries import Begin, SignedEntry
 from fedclip_secure.privacy.figures import accounting, claimed, epsilon, groups, tolerance
-from fedclip_secure.privacy.one_run import MOST_CANARIES, epsilon_at_least
+from fedclip_secure.privacy.one_run import CONFIDENCE, MOST_CANARIES, epsilon_at_least
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import Receipt, open_receipt
 from fedclip_secure.privacy.report import History, evidence, lifetime_of, mechanism
@@ -133,7 +133,7 @@ def _history(body: SiloBody, agreed: Agreed) -> History:
 def _check_audit_form(body: SiloBody) -> None:
     if body.audit is None:
         return
-    dated = body.audit.at is not None or body.audit.code is not None
+    dated = any(value is not None for value in (body.audit.at, body.audit.code, body.audit.received))
     expect(body.version > 1 or not dated, "reports of version 1 do not say when it was done, and on what code")
     expect((body.audit.at or 0) <= body.at, "it is younger than the report")
 
@@ -266,8 +266,8 @@ def _check_audit(audit: Audit | None, claim: Claim, version: int) -> None:
     attack, proven = audit.attack, audit.attack.epsilon_at_least
     if version > 1:
         expect(attack.canaries <= MOST_CANARIES, f"an attack has {attack.canaries} canaries, more than any audit")
-        error = 1 - attack.confidence
-        least = epsilon_at_least(attack.right, attack.guesses, attack.canaries, claim.delta, error)
+        expect(attack.confidence == CONFIDENCE, "what an attack proves is said with another confidence than 0.95")
+        least = epsilon_at_least(attack.right, attack.guesses, attack.canaries, claim.delta, 1 - CONFIDENCE)
         fact = f"the attack's guesses prove an ε of at least {least:.4f}, and {proven:.4f} is given"
         expect(abs(proven - least) <= SLACK, fact)
     # A test that failed is shown as an open assumption.
@@ -289,7 +289,8 @@ def _check_spent(claim: Claim, planned: PlannedRun, history: History) -> None:
 
 
 def _check_lifetime(body: SiloBody, planned: PlannedRun, history: History) -> None:
-    given, new = body.lifetime, lifetime_of(planned, history, body.limit)
+    given = body.lifetime
+    new = lifetime_of(planned, history, body.limit, silo=body.silo, version=body.version)
     if given is None or new is None:
         expect(given is new, "a limit and what is said of it go together")
         return
@@ -323,6 +324,13 @@ def _check_wording(body: SiloBody, history: History) -> None:
     expect(body.not_covered == wording.not_covered(plan), "what is not covered is not what the plan gives")
     expect(body.trust == wording.trust(plan), "who can see what is not what the plan gives")
     found = evidence(
-        history, body.ledger, body.accounting, body.audit, body.lifetime, silo=body.silo, version=body.version
+        history,
+        body.ledger,
+        body.accounting,
+        body.audit,
+        body.lifetime,
+        silo=body.silo,
+        models=body.models,
+        version=body.version,
     )
     expect(body.assumptions == assumptions(plan, found), "the assumptions, or their states, are not what follows")

@@ -42,6 +42,14 @@ def lifetime_sentence(unit: str, epsilon: float, delta: float) -> str:
     )
 
 
+def changed_limit_sentence(epsilon: float, delta: float) -> str:
+    """The same where the limit was another one before."""
+    return (
+        f"The silo's limit is ε = {epsilon:.4g} at δ = {small(delta)} now, and was another before: it bounds no "
+        "lifetime."
+    )
+
+
 def times(epsilon: float) -> str:
     """e to the power of `epsilon`, rounded up: three digits below 1,000, a power of ten from a million on."""
     value = math.exp(min(epsilon, 20.0))

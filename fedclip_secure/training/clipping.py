@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedclip_secure.errors import DataError, ModelError
 from fedclip_secure.methods.base import Batch, Phase
-from fedclip_secure.training.exact import UnknownOperationError
+from fedclip_secure.training.exact import UnknownOperationError, keeps_small_numbers
 from fedclip_secure.training.gradients import Integers, as_double, clip_factors
 from fedclip_secure.training.linear import (
     MOST_CANCELLED,
@@ -61,10 +61,15 @@ def clipped_sum(
         A unit with a value in its gradient that is not finite adds nothing.
 
     Raises:
-        ModelError: the gradient of one record cannot be told from that of the others.
+        ModelError: the gradient of one record cannot be told from that of the others; threads that compute differently.
         DataError: more records than the argument reaches to.
     """
     _check_terms(units)
+    if not keeps_small_numbers():
+        raise ModelError(
+            "torch's threads treat very small numbers differently, which a library loaded beside it may have set; run "
+            "with OMP_NUM_THREADS=1"
+        )
     summing = _Summing(module, phase, batch, units, max_grad_norm)
     with _as_clipped(module, phase, batch):
         layers = _shared_layers(module, summing.parameters)

@@ -81,6 +81,17 @@ class ExactArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         raise UnknownOperationError(str(func))
 
 
+def keeps_small_numbers() -> bool:
+    """Whether all threads of torch treat denormal numbers alike: a library built with -ffast-math may set one's way.
+
+    Arithmetic of one record would then follow from the thread that it falls to.
+    """
+    count = torch.get_num_threads() << 16  # of which each thread takes a part
+    tiny = torch.full((count,), 1, dtype=torch.int32).view(torch.float32)  # 2⁻¹⁴⁹, by its bits
+    bits = (tiny + tiny).view(torch.int32)
+    return bool((bits == bits[0]).all())
+
+
 def matmul(first: Tensor, second: Tensor) -> Tensor:
     """first (M, K) · second (K, N), of one format: each element follows from its row and its column alone.
 
@@ -142,7 +153,8 @@ def _exp_parts(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
     bits = (_DIGITS - _log2(first.shape[1])) // 2
-    return torch.mm(_rounded(first, (1,), bits), _rounded(second, (0,), bits)).to(first.dtype)
+    found = torch.mm(_rounded(first, (1,), bits), _rounded(second, (0,), bits))
+    return found.add_(0.0).to(first.dtype)  # whether a zero has a sign is left to the library; plus 0 it has none
 
 
 def _total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
@@ -153,7 +165,7 @@ def _total(values: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor
         if values.shape[dim] > _TERMS:
             return _added(_total(part, dims, keepdim) for part in torch.split(values, _TERMS, dim))
     count = math.prod(values.shape[dim] for dim in dims)
-    return _rounded(values, dims, _DIGITS - _log2(count)).sum(tuple(dims), keepdim)
+    return _rounded(values, dims, _DIGITS - _log2(count)).sum(tuple(dims), keepdim).add_(0.0)
 
 
 def _added(parts: Iterator[Tensor]) -> Tensor:

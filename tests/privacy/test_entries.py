@@ -73,14 +73,14 @@ def test_ledger_of_version_1_is_read_and_gone_on_with_in_version_2() -> None:
     chain = chain_of(chained(*old(*WHOLE), CODE, {"kind": "settle", "reservation": 8}, END, SECOND))
     first, second = chain.runs.values()
     assert [entry.version for entry in chain.entries] == [1] * 8 + [2] * 4
-    assert (first.codes, second.codes) == (("0d" * 32,), ("0c" * 32,))
+    assert (first.codes, second.codes) == (["0d" * 32], ["0c" * 32])
     assert (first.begin.normalised, first.ended, first.left, second.ended) == ([], True, 0, False)
-    assert chain_of(chained(*old(*WHOLE))).runs[RUN].codes == ()
+    assert chain_of(chained(*old(*WHOLE))).runs[RUN].codes == []
 
 
 def test_programs_of_a_run_are_told_in_order() -> None:
     codes = chain_of(chained(BEGIN, reserve(1), CODE, reserve(2), {**CODE, "code": "0c" * 32})).runs[RUN].codes
-    assert codes == ("0c" * 32, "0d" * 32, "0c" * 32)
+    assert codes == ["0c" * 32, "0d" * 32, "0c" * 32]
 
 
 def test_only_the_word_that_the_clock_was_wrong_may_be_older_than_what_was_before() -> None:

@@ -222,10 +222,10 @@ def test_ledger_of_version_1_is_gone_on_with_and_its_units_stay_charged(books: B
     as_of_version_1(books)
     ledger = books.open()
     run = ledger.open_run(TERMS, units(range(4)), cap)
-    assert (run.left_out, run.state.codes) == (0, ())
+    assert (run.left_out, run.state.codes) == (0, [])
     run.settle(run.reserve(2))
     assert kinds(ledger) == ["begin", "reserve", "settle", "code", "limit", "reserve", "settle"]
-    assert run.state.codes == ("0c" * 32,)
+    assert run.state.codes == ["0c" * 32]
     ledger.end_runs("pets")
     assert ledger.open_run(terms(plan=2, rounds=5, max_retrains=0), units(range(6)), cap).admitted == {*units([4, 5])}
 
@@ -369,7 +369,7 @@ def test_program_that_trains_is_noted_and_again_before_the_next_round_of_another
     for _ in range(2):
         run.reserve(2)
     assert kinds(ledger) == ["begin", "reserve", "settle", "code", "reserve", "reserve"]
-    assert run.state.codes == ("0c" * 32, "0d" * 32)
+    assert run.state.codes == ["0c" * 32, "0d" * 32]
 
 
 def test_unit_is_charged_each_reservation_of_each_set_that_held_it(books: Books) -> None:

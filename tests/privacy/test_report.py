@@ -117,7 +117,7 @@ def test_the_mechanism_is_said_to_be_tested_only_where_every_test_of_the_audit_i
     every = AUDIT.self_tests
     assert light(every) == "mechanism-said"
     for some in ([], every[:-1], [*every[:-1], every[0]], [*every, every[0]]):
-        assert light(some) == "mechanism-untested"
+        assert light(some) == "mechanism-unaudited"
     assert light([every[0].model_copy(update={"passed": False})]) == "mechanism-failed"
 
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +291,7 @@ def test_an_attacks_figure_must_follow_from_its_guesses(made: Made) -> None:
     altered: list[tuple[dict[str, Any], str]] = [
         ({"epsilon_at_least": 0.1}, "the attack's guesses prove an ε of at least 0.2588, and 0.1000 is given"),
         ({"right": 2_400}, "the attack's guesses prove an ε of at least 0.3513, and 0.2588 is given"),
+        ({"confidence": 1.0}, "what an attack proves is said with another confidence than 0.95"),
         ({"canaries": 2**52}, "an attack has 4503599627370496 canaries, more than any audit"),
     ]
     for changed, fact in altered:
@@ -423,3 +426,34 @@ def test_only_what_has_the_form_of_a_report_is_read_for_showing(made: Made) -> N
 def test_the_aggregator_is_no_silo(made: Made) -> None:
     body = body_of(made.data)
     assert "signature" in failed(verify(made.site.signed(body, AGGREGATOR)))
+
+
+def test_small_file_of_many_faults_is_refused_at_the_first() -> None:
+    for part in ("models", "contract"):
+        body = {"format": "fedclip-privacy-report", "kind": "silo", part: [{}] * 1_000_000, "version": 2}
+        tracemalloc.start()
+        verdict = verify(encode({"body": body, "signature": {}}))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert failed(verdict) == ["schema"]
+        assert peak < 600e6
+
+
+def test_version_1_says_that_it_can_still_be_written(made: Made) -> None:
+    first = (Path(__file__).parent / "version1/silo.json").read_bytes()
+    assert verify(first).passed
+    assert any(
+        "oak: It is of version 1. Such a report can still be written" in line for line in verify(first).open_points
+    )
+    assert not any("version 1" in line for line in verify(made.data).open_points)
+
+
+@pytest.mark.parametrize("noise", [1e-200, 1e-154, 1e-4, 1e7, 1e200])
+def test_noise_that_no_accountant_can_charge_is_no_entry(made: Made, noise: float) -> None:
+    for part in ("begin", "reserve"):
+        edit = chain(every("noise_multiplier", noise, (part,)))
+        assert failed(made.resigned(partial(_edited, edit, made.site))) == ["ledger"]
+
+
+def _edited(edit: Callable[[Body, Site], None], site: Site, body: Body) -> None:
+    edit(body, site)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from fedclip_secure.training import exact
 from fedclip_secure.training.exact import ExactArithmetic, UnknownOperationError
+from tests.waiting import BOUND
 
 Rows = Callable[[Tensor], Tensor]
 LABELS, COLUMNS = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 6, dtype=torch.int64)
@@ -179,3 +182,24 @@ def test_operation_of_which_nothing_is_known_is_refused(operation: Rows) -> None
     operation(rows)
     with ExactArithmetic(), pytest.raises(UnknownOperationError):
         operation(rows)
+
+
+def test_threads_that_treat_small_numbers_differently_are_told() -> None:
+    program = """
+import torch
+from fedclip_secure.training.exact import keeps_small_numbers
+torch.set_num_threads(2)
+before = keeps_small_numbers()  # which starts the other thread
+flushed = torch.set_flush_denormal(True)  # in this one
+print(before, flushed, keeps_small_numbers())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=BOUND)
+    before, flushed, after = done.stdout.split()
+    assert before == "True"
+    assert flushed == "False" or after == "False"
+
+
+def test_zero_has_no_sign_that_a_library_gives_it() -> None:
+    zeros = exact.matmul(torch.zeros(2, 1), torch.full((1, 3), -1.0))
+    assert not bool(torch.signbit(zeros).any())
+    assert not bool(torch.signbit(exact.total(torch.full((2, 3), -0.0), (1,))).any())
