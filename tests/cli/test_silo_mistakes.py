@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import signal
@@ -61,12 +62,13 @@ class Site:
     def refused(self, said: str, command: str, *more: str, name: str = "silo-a", code: int = 1) -> str:
         return refused(said, command, "--config", str(self.config(name)), *more, code=code, program=silo.main)
 
-    def enroll(self, name: str) -> None:
+    def enroll(self, name: str, *more: str) -> str:
         result = run(
-            "enroll", self.url, "--token", f"fedclip-{self.token(name)}", "--config", str(self.config(name)),
+            "enroll", self.url, "--token", f"fedclip-{self.token(name)}", "--config", str(self.config(name)), *more,
             program=silo.main,
         )  # fmt: skip
         assert result.exit_code == 0, result.output
+        return result.output
 
     def frozen(self) -> Site:
         for name in NAMES:
@@ -154,6 +156,13 @@ def test_used_and_expired_tokens_are_refused(site: Site) -> None:
     )
 
 
+def test_enroll_says_what_is_left_to_set(site: Site) -> None:
+    accept = "when the coordinator has frozen the roster, run `fedclip-silo accept`\n"
+    assert site.enroll("silo-a").endswith(f"next: set `data` in {site.config('silo-a')}; {accept}")
+    assert site.enroll("silo-b", "--images", "xrays").endswith(f"next: {accept}")
+    assert site.enroll("silo-a").endswith(f"next: {accept}"), "silo.yaml was there"
+
+
 def test_commands_out_of_order_say_what_to_run_first(site: Site) -> None:
     for command in ("accept", "extract", "train", "evaluate"):
         site.refused("silo.yaml: is missing; `fedclip-silo enroll`", command)
@@ -221,6 +230,20 @@ def test_accept_shows_for_what_whom_to_ask_and_what_becomes_of_the_model(site: S
     assert re.search(r"purpose +triage, under evaluation", output)
     assert re.search(r"whom to ask +privacy at the hospital", output)
     assert re.search(r"what becomes of it +not stated in the plan", output)
+    assert "accuracy" not in output
+    assert output.endswith("next: `fedclip-silo extract`, then `fedclip-silo train`\n")
+
+
+def test_the_next_steps_after_accept_are_those_that_are_left(site: Site) -> None:
+    site.frozen().silo("accept", "silo-a", "--yes")
+    config = read_silo(site.config("silo-a"))
+    models = Path(config.workdir, "adapters", "models.json")
+    models.parent.mkdir()
+    models.write_text(json.dumps({"plan": config.plan, "models": ["00" * 32] * 2}))
+    output = site.silo("accept", "silo-a", "--yes")
+    assert output.endswith("the run has come to its end. next: `fedclip-silo evaluate`, and `fedclip-silo report`\n")
+    models.write_text("damaged")
+    assert site.silo("accept", "silo-a", "--yes").endswith("then `fedclip-silo train`\n")
 
 
 def test_garbage_in_every_file_of_a_silo_is_named_and_left_alone(site: Site) -> None:
