@@ -241,7 +241,10 @@ def test_a_silo_that_may_neither_train_again_nor_be_absent_stops_with_a_reason(t
 def test_train_says_of_a_run_that_was_ended_that_it_was_and_what_to_do(tmp_path: Path) -> None:
     labs, name = Labs.create(tmp_path), SILOS[0]
     begun(labs, name, 1)
-    assert end_runs(labs.configs[name], labs.site.identities[name], "lung-xray") == 1
+    config, identity = labs.configs[name], labs.site.identities[name]
+    assert not about_ledger(config, identity, labs.accepted)[1]
+    assert end_runs(config, identity, "lung-xray") == 1
+    assert about_ledger(config, identity, labs.accepted)[1], "which `accept` says in place of the next steps"
     stopped = labs.alone(name)
     assert isinstance(stopped, PolicyError)
     assert (
