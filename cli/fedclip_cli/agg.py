@@ -80,11 +80,12 @@ def prepare(folder: Path) -> None:
     from fedclip_secure.config.lock import Contract, write_lock
     from fedclip_secure.files import write_atomically
     from fedclip_secure.privacy.planned import PlannedRun
-    from fedclip_secure.training.prepare import prepare as resolve
 
     home = Home(folder)
     plan = home.plan()
     home.check_not_frozen()
+    from fedclip_secure.training.prepare import prepare as resolve  # takes seconds, and a mistake is told before
+
     prepared = resolve(plan, folder)
     write_atomically(home.initial_path, prepared.initial_file)
     write_lock(home.lock_path, prepared.lock)
@@ -99,6 +100,11 @@ def prepare(folder: Path) -> None:
             f"{planned.privacy.unit} over all rounds and retrains, with noise_multiplier {noise:g}",
             markup=False,
         )
+        if not planned.privacy.max_retrains:
+            out.print(
+                "privacy.max_retrains is 0: a silo that crashes in training sits that round out, and where no silo may "
+                "be absent the run ends; to pay for another try, set it before the freeze"
+            )
     out.print(f"contract {contract.pin}", markup=False)
 
 

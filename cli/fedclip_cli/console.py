@@ -161,14 +161,17 @@ def _bar() -> Iterator[ShowProgress]:
 
 
 class _Lines:
-    """Plain progress: at most a line every ten seconds."""
+    """Plain progress: a line every ten seconds, and after any of them one when all is done."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + 10
+        self._said = False
 
     def __call__(self, progress: Progress) -> None:
-        if time.monotonic() >= self._next:
+        last = self._said and progress.done == progress.total
+        if last or time.monotonic() >= self._next:
             self._next = time.monotonic() + 10
+            self._said = progress.done < progress.total
             say(", ".join([_extracted(progress), *_speed(progress)]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -32,6 +33,19 @@ _ENDING = (
     "for it becomes free."
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+
+
+def _pin(_context: click.Context, _parameter: click.Parameter, given: str | None) -> str | None:
+    """A pin as documents hold it, of one as `accept` or a report's page shows it."""
+    if given is None:
+        return None
+    digits = "".join(given.split()).lower().removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise click.BadParameter(
+            f"{given!r} is no pin; a pin has 64 digits of 0-9 and a-f, after sha256: or alone, in quotes where there "
+            "are spaces between them"
+        )
+    return f"sha256:{digits}"
 
 
 @click.command(cls=Command, epilog="Example: fedclip-silo budget")
@@ -103,8 +117,8 @@ def report(path: Path, folder: Path | None) -> None:
 
 @click.command(cls=Command, epilog="Example: fedclip-silo verify report.json --plan sha256:... --roster sha256:...")
 @click.argument("file", type=FILE)
-@click.option("--plan", help="The plan's pin that you know from elsewhere.")
-@click.option("--roster", help="The roster's pin that you know from elsewhere.")
+@click.option("--plan", callback=_pin, help="The plan's pin that you know from elsewhere.")
+@click.option("--roster", callback=_pin, help="The roster's pin that you know from elsewhere.")
 @_JSON
 def verify(file: Path, plan: str | None, roster: str | None, as_json: bool) -> None:
     """Check a privacy report, of a silo or of the federation: offline, and without trusting who wrote it."""
@@ -116,10 +130,11 @@ def verify(file: Path, plan: str | None, roster: str | None, as_json: bool) -> N
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: is missing") from error
     verdict = check(data, Expected(plan_pin=plan, roster_pin=roster))
+    compared = {"plan": plan is not None, "roster": roster is not None}
     if as_json:
-        click.echo(json.dumps(_verdict_json(verdict)))
+        click.echo(json.dumps({**_verdict_json(verdict), "compared": compared}))
     else:
-        _print_verdict(file, verdict, [name for name, pin in (("plan", plan), ("roster", roster)) if pin is None])
+        _print_verdict(file, verdict, [name for name, done in compared.items() if not done])
     if not verdict.passed:
         click.get_current_context().exit(1)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import click
+from click.core import ParameterSource
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -36,11 +37,13 @@ from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import spki_sha256
 from fedclip_secure.pki.roster import readable_fingerprint
 from fedclip_secure.privacy import wording
+from fedclip_secure.privacy.parties import costs, most_hurt
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.account import about_ledger, about_place
+from fedclip_secure.silo.account import ENDED, about_ledger, about_place
 from fedclip_secure.silo.adapters import GLOBAL, choose
 from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.outcome import adapter_folder, read_models
 from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted
 from fedclip_secure.silo.policy import check_policy
 from fedclip_secure.silo.recovery import giving_up, look
@@ -75,8 +78,10 @@ def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -
 
     Writes a silo.yaml to start from where there is none.
     """
-    name = Invitation.decode(token).name
+    name, left = Invitation.decode(token).name, ""
     if not path.exists():
+        if click.get_current_context().get_parameter_source("images") == ParameterSource.DEFAULT:
+            left = f"set `data` in {path}; "
         write_silo(path, name, images, weights)
         out.print(f"wrote {path} to start from", markup=False)
     config = read_silo(path)
@@ -85,10 +90,7 @@ def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -
     identity = run(get_certificate(url, token, Path(config.identity), waiting))
     out.print(f"enrolled as {identity.name}; certificate until {identity.not_after:%Y-%m-%d}", markup=False)
     out.print(f"fingerprint of this silo's key: {readable_fingerprint(spki_sha256(identity.key.public))}", markup=False)
-    out.print(
-        f"next: set `data` in {path}; when the coordinator has frozen the roster, run `fedclip-silo accept`",
-        markup=False,
-    )
+    out.print(f"next: {left}when the coordinator has frozen the roster, run `fedclip-silo accept`", markup=False)
 
 
 @main.command(epilog="Example: fedclip-silo accept")
@@ -101,15 +103,17 @@ def accept(path: Path, yes: bool) -> None:
     offer, text_features = run(_fetch_offer(identity, Path(config.workdir)))
     terms = Terms.of(offer.contract, offer.roster)
     _show_offer(offer, terms, identity)
+    ended = False
     if offer.contract.plan.privacy is not None:
-        for line in [*about_ledger(config, identity, offer), *_place(config, path)]:
+        lines, ended = about_ledger(config, identity, offer)
+        for line in [*lines, *_place(config, path)]:
             out.print(line, markup=False)
     check_policy(config.policy, offer.contract, terms, identity.name)
     check_own_key(offer.roster, identity)
     if not yes and not click.confirm(_QUESTION):
         raise TrustError(f"not accepted: {path} is as it was; settle the difference with the coordinator")
     save_accepted(path, config, offer, text_features)
-    out.print(f"pinned in {path}. next: `fedclip-silo extract`, then `fedclip-silo train`", markup=False)
+    out.print(f"pinned in {path}. {_after_accept(config, offer, ended=ended)}", markup=False)
 
 
 @main.command(epilog="Example: fedclip-silo extract --precision bf16")
@@ -274,6 +278,21 @@ def _place(config: SiloConfig, path: Path) -> list[str]:
     return [] if line is None else [line]
 
 
+def _after_accept(config: SiloConfig, offer: Accepted, *, ended: bool) -> str:
+    """What is left to do in the run that was accepted."""
+    try:
+        finished = bool(read_models(adapter_folder(Path(config.workdir)), offer.contract))
+    except DataError:  # `train` writes the file anew
+        finished = False
+    if finished:
+        return "the run has come to its end. next: `fedclip-silo evaluate`, and `fedclip-silo report`"
+    if ended:
+        return f"{ENDED}. next: `fedclip-silo report`"
+    if offer.contract.plan.privacy is None:
+        return "next: `fedclip-silo extract`, then `fedclip-silo train`"
+    return "next: `fedclip-silo extract`, `fedclip-silo audit`, and an hour later or more `fedclip-silo train`"
+
+
 async def _fetch_offer(identity: Identity, workdir: Path) -> tuple[Accepted, bytes | None]:
     """Contract and roster as the server has them, and an external model's text features."""
     async with Client.of(identity, waiting, Patience(tries=5)) as client:  # a person sits before it
@@ -307,6 +326,7 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
         }[plan.secure_aggregation.weights],
         "splits": f"{plan.splits.train:g} train, {plan.splits.validation:g} validation, {plan.splits.test:g} test",
         "privacy": _privacy(offer),
+        **_accuracy(plan),
         "a round": f"{terms.floor} to {len(terms.roster.silos)} silos; {terms.threshold} must agree before it opens "
         f"({plan.secure_aggregation.threshold}, {terms.colluding} colluding)",
         "one change": f"at most {terms.grid.clip:g} of a parameter in a round",
@@ -330,6 +350,15 @@ def _batches(plan: FederationPlan) -> str:
 def _method(plan: FederationPlan) -> str:
     """Its name, and every option that the plan sets."""
     return ", ".join([plan.method.name, *(f"{key} {value}" for key, value in plan.method.options.items())])
+
+
+def _accuracy(plan: FederationPlan) -> dict[str, str]:
+    """What the noise costs, where the plan says it."""
+    given = costs(plan)
+    if given is None:
+        return {}
+    measured, found = given
+    return {"accuracy": f"{most_hurt(found)} The coordinator's word, measured on: {measured.data}"}
 
 
 def _privacy(offer: Accepted) -> str:

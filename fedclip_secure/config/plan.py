@@ -29,6 +29,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 # Plain values, which a method's own fields check later: this layer does not know the methods.
 _Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
+_SHIPPED = "fedclip-tiny"  # a small CLIP of our own, whose weights the package brings along
 _Plain = bool | _Whole | Number | Text
 Option = _Plain | list[_Plain] | dict[Text, _Plain | list[_Plain]]
 
@@ -64,9 +65,18 @@ class OpenClipModel(Strict):
     """A CLIP encoder that open_clip can build, and the weights to load into it."""
 
     name: Annotated[Text, AfterValidator(_plain_name)]
-    pretrained: Text  # a tag of open_clip, or a checkpoint beside federation.yaml; its SHA-256 is in the lock
+    pretrained: (
+        Text  # open_clip's tag, or a checkpoint beside federation.yaml (fedclip-tiny: shipped); hashed in the lock
+    )
     config: Text | None = None  # open_clip model config (JSON) beside federation.yaml, where `name` is not built in
     image_window: Window | None = None  # [low, high] of 16-bit images, mapped to 0..255
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("name") == _SHIPPED and "pretrained" not in value:
+            raise ValueError(f"pretrained is missing; for {_SHIPPED}, which is installed, add `pretrained: shipped`")
+        return value
 
     @field_validator("name")
     @classmethod

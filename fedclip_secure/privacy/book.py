@@ -173,5 +173,5 @@ class Book:
 
 
 def told(at: int) -> str:
-    """A time of an entry, for a person."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+    """The hour of an entry, for a person."""
+    return time.strftime("%Y-%m-%d %H h UTC", time.gmtime(at))

@@ -138,6 +138,11 @@ class Ledger:
         """Whether this silo's run of a plan was begun here."""
         return self._book.chain.found(self._book.silo, plan.hex(), roster.hex()) is not None
 
+    def has_ended(self, plan: bytes, roster: bytes) -> bool:
+        """Whether this silo's run of a plan was begun here, and nothing more is paid for in it."""
+        run = self._book.chain.found(self._book.silo, plan.hex(), roster.hex())
+        return run is not None and run.ended
+
     def outlook(self, plan: bytes, roster: bytes, whole: Need, cap: Cap) -> str:
         """What is spent of a limit, and what this silo's run of a plan, `whole` from its begin, may still add to it."""
         run = self._book.chain.found(self._book.silo, plan.hex(), roster.hex())

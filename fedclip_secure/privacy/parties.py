@@ -78,7 +78,7 @@ class Cost:
     @property
     def points(self) -> float:
         """Negative where the noise costs something."""
-        return round(100 * (self.noisy - self.without), 1)
+        return round(100 * (self.noisy - self.without), 1) + 0.0  # a negative zero is a plain one
 
 
 def costs(plan: FederationPlan) -> tuple[Accuracy, list[Cost]] | None:
@@ -99,5 +99,5 @@ def most_hurt(found: list[Cost]) -> str:
         return f"By these figures the noise costs every class the same ({-worst.points:.1f} points)."
     return (
         f"By these figures the noise costs {worst.name} most ({-worst.points:.1f} points), and {least.name} least "
-        f"({max(-least.points, 0.0):.1f})."
+        f"({max(0.0, -least.points):.1f})."
     )

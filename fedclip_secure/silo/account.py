@@ -25,7 +25,8 @@ from fedclip_secure.privacy.receipts import open_receipt
 from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.privacy.terms import RunTerms
 from fedclip_secure.privacy.units import Charges
-from fedclip_secure.silo.pins import Accepted
+from fedclip_secure.silo.pins import Accepted, load_accepted
+from fedclip_secure.silo.receipts import read_receipts
 
 ENDED = (
     "this silo's run was ended, by `fedclip-silo budget --end` or as the federation came to its end, and nothing more "
@@ -101,9 +102,7 @@ def ledger_of_run(config: SiloConfig, identity: Identity, accepted: Accepted, re
     Raises:
         TrustError: besides, the run was begun with another ledger.
     """
-    folder, begun = ledger_folder(config), begun_with(config, accepted)
-    opened = [open_receipt(wire, dict(accepted.roster.members)[AGGREGATOR]) for wire in receipts]
-    uploaded = any(receipt.plan == accepted.contract.digest for receipt in opened)
+    folder, begun, uploaded = ledger_folder(config), begun_with(config, accepted), _uploaded(accepted, receipts)
     elsewhere = begun is not None and begun != folder
     if not ledger_exists(config) and (elsewhere or (begun is None and uploaded and not _notes(config))):
         raise _of_another(folder, begun, accepted)
@@ -122,6 +121,33 @@ def ledger_of_run(config: SiloConfig, identity: Identity, accepted: Accepted, re
             )
         raise _of_another(folder, begun, accepted)
     return ledger
+
+
+def _uploaded(accepted: Accepted, receipts: Sequence[bytes]) -> bool:
+    """Whether one of the receipts is of the accepted plan."""
+    opened = [open_receipt(wire, dict(accepted.roster.members)[AGGREGATOR]) for wire in receipts]
+    return any(receipt.plan == accepted.contract.digest for receipt in opened)
+
+
+def _begun_ledger(config: SiloConfig, identity: Identity, accepted: Accepted | None) -> Ledger | None:
+    """As `ledger_of_run`, or as `open_ledger` where no run is known; None where there is no ledger, and none was."""
+    if accepted is None:
+        return open_ledger(config, identity) if is_begun(config) else None
+    noted, receipts = begun_with(config, accepted) is not None, tuple[bytes, ...]()
+    if not noted:  # as version 0.1 left it
+        receipts = read_receipts(Path(config.workdir), identity.epoch_path, accepted.roster.digest)
+    if not noted and not _uploaded(accepted, receipts) and not is_begun(config):
+        return None
+    return ledger_of_run(config, identity, accepted, receipts)
+
+
+def _accepted_run(config: SiloConfig) -> Accepted | None:
+    """The accepted plan with privacy, where its documents still lie in the workdir."""
+    documents = (Path(config.workdir, name) for name in ("contract.cbor", "roster.cbor"))
+    if config.plan is None or config.roster is None or not all(path.exists() for path in documents):
+        return None
+    accepted = load_accepted(config)
+    return None if accepted.contract.plan.privacy is None else accepted
 
 
 def _of_another(folder: Path, begun: Path | None, accepted: Accepted) -> TrustError:
@@ -160,12 +186,14 @@ def existing_ledger(config: SiloConfig, identity: Identity) -> Ledger:
 
     Raises:
         ConfigError: there is none.
+        TrustError: besides, the accepted run was begun with another ledger.
     """
-    if not is_begun(config):
+    ledger = _begun_ledger(config, identity, _accepted_run(config))
+    if ledger is None:
         raise ConfigError(
             f"{ledger_folder(config)}: there is no ledger; `ledger` in silo.yaml names it, and `train` begins it"
         )
-    return open_ledger(config, identity)
+    return ledger
 
 
 def ledger_folder(config: SiloConfig) -> Path:
@@ -188,17 +216,25 @@ def is_begun(config: SiloConfig) -> bool:
     return ledger_exists(config) or bool(_notes(config))
 
 
-def about_ledger(config: SiloConfig, identity: Identity, offer: Accepted) -> list[str]:
-    """Which ledger a run is written into, what it remembers, and how the offered plan fits; none is begun."""
+def about_ledger(config: SiloConfig, identity: Identity, offer: Accepted) -> tuple[list[str], bool]:
+    """Which ledger a run is written into, what it remembers, and how the plan fits; and if that run was ended in it.
+
+    No ledger is begun.
+
+    Raises:
+        DataError, TrustError: as `open_ledger`; or the offered run was begun with another ledger.
+    """
     cap, planned = cap_of(config.policy), PlannedRun.of(offer.contract)
     need = None if planned is None else Need(planned.per_round, planned.rounds)
-    if not is_begun(config):
+    ledger = _begun_ledger(config, identity, offer)
+    if ledger is None:
         nothing = Charges.of((), 0)
         fits = [outlook(nothing, nothing, need, cap)] if need and cap else []
-        return [*_about(config, None), *(fits or [_UNLIMITED])]
-    with closing(open_ledger(config, identity)) as ledger:
+        return [*_about(config, None), *(fits or [_UNLIMITED])], False
+    with closing(ledger):
         fits = [ledger.outlook(offer.contract.digest, offer.roster.digest, need, cap)] if need and cap else []
-        return [*_about(config, ledger), *(fits or [_UNLIMITED])]
+        ended = ledger.has_ended(offer.contract.digest, offer.roster.digest)
+        return [*_about(config, ledger), *(fits or [_UNLIMITED])], ended
 
 
 def _about(config: SiloConfig, ledger: Ledger | None) -> list[str]:

@@ -130,10 +130,13 @@ def test_plain_progress_tells_speed_time_left_and_broken(
         show(Progress(20, 1000, 0, 2, 8.94, 109.7))
         monkeypatch.setattr(time, "monotonic", lambda: now + 22)
         show(Progress(30, 1000, 0, 0, None, None))
+        show(Progress(1000, 1000, 0, 0, None, None))
+        show(Progress(1000, 1000, 0, 0, None, None))
     lines = capsys.readouterr().out.splitlines()
     assert [line[line.index("extracted") :] for line in lines] == [
         "extracted 10 of 1000 images, 8.9 images/s, 0:01:51 left, 2 broken",
         "extracted 30 of 1000 images",
+        "extracted 1000 of 1000 images",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import signal
@@ -61,12 +62,13 @@ class Site:
     def refused(self, said: str, command: str, *more: str, name: str = "silo-a", code: int = 1) -> str:
         return refused(said, command, "--config", str(self.config(name)), *more, code=code, program=silo.main)
 
-    def enroll(self, name: str) -> None:
+    def enroll(self, name: str, *more: str) -> str:
         result = run(
-            "enroll", self.url, "--token", f"fedclip-{self.token(name)}", "--config", str(self.config(name)),
+            "enroll", self.url, "--token", f"fedclip-{self.token(name)}", "--config", str(self.config(name)), *more,
             program=silo.main,
         )  # fmt: skip
         assert result.exit_code == 0, result.output
+        return result.output
 
     def frozen(self) -> Site:
         for name in NAMES:
@@ -154,6 +156,13 @@ def test_used_and_expired_tokens_are_refused(site: Site) -> None:
     )
 
 
+def test_enroll_says_what_is_left_to_set(site: Site) -> None:
+    accept = "when the coordinator has frozen the roster, run `fedclip-silo accept`\n"
+    assert site.enroll("silo-a").endswith(f"next: set `data` in {site.config('silo-a')}; {accept}")
+    assert site.enroll("silo-b", "--images", "xrays").endswith(f"next: {accept}")
+    assert site.enroll("silo-a").endswith(f"next: {accept}"), "silo.yaml was there"
+
+
 def test_commands_out_of_order_say_what_to_run_first(site: Site) -> None:
     for command in ("accept", "extract", "train", "evaluate"):
         site.refused("silo.yaml: is missing; `fedclip-silo enroll`", command)
@@ -189,23 +198,28 @@ def test_policy_stops_accept_with_code_3_and_pins_nothing(site: Site) -> None:
     assert "sha256:" not in site.config("silo-a").read_text()
 
 
+def with_privacy(site: Site, method: str, **privacy: object) -> None:
+    """Let the plan have privacy."""
+    home = Home(Path(site.home))
+    plan = home.plan().model_dump(mode="json") | {
+        "classes": home.plan().classes,
+        "method": {"name": method},
+        "splits": {"train": 0.8, "validation": 0.0, "test": 0.2},
+        "training": {"rounds": 5, "optimizer": {"lr": 1e-3}},
+        "privacy": {"unit": "record", "sample_rate": 0.05, "steps_per_round": 30, "noise_multiplier": 1.0,
+                    "max_grad_norm": 0.5, "update_divisor": 64.0, "delta": 1e-5, **privacy},
+    }  # fmt: skip
+    plan["secure_aggregation"]["weights"] = "equal"
+    Path(site.home, "federation.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    _prepare(home, noise_multiplier=1.0)
+
+
 def test_accept_says_that_a_release_of_a_step_is_not_charged_and_pins_nothing(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for careless in ("home", "serve"):  # a coordinator who looks at nothing
         monkeypatch.setattr(f"fedclip_secure.aggregator.{careless}.check_charges", lambda _: None)
-    home = Home(Path(site.home))
-    plan = home.plan().model_dump(mode="json") | {
-        "classes": home.plan().classes,
-        "method": {"name": "feddat"},
-        "splits": {"train": 0.8, "validation": 0.0, "test": 0.2},
-        "training": {"rounds": 5, "optimizer": {"lr": 1e-3}},
-        "privacy": {"unit": "record", "sample_rate": 0.05, "steps_per_round": 30, "noise_multiplier": 1.0,
-                    "max_grad_norm": 0.5, "update_divisor": 64.0, "delta": 1e-5},
-    }  # fmt: skip
-    plan["secure_aggregation"]["weights"] = "equal"
-    Path(site.home, "federation.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
-    _prepare(home, noise_multiplier=1.0)
+    with_privacy(site, "feddat")
     site.frozen()
     output = site.refused("a step of feddat releases 1 noisy sum", "accept", "--yes")
     assert "and it releases 2; the coordinator must run `fedclip-agg prepare` again" in " ".join(output.split())
@@ -221,6 +235,30 @@ def test_accept_shows_for_what_whom_to_ask_and_what_becomes_of_the_model(site: S
     assert re.search(r"purpose +triage, under evaluation", output)
     assert re.search(r"whom to ask +privacy at the hospital", output)
     assert re.search(r"what becomes of it +not stated in the plan", output)
+    assert "accuracy" not in output
+    assert output.endswith("next: `fedclip-silo extract`, then `fedclip-silo train`\n")
+
+
+def test_accept_shows_what_the_noise_costs_where_the_plan_says_it(site: Site) -> None:
+    shares = {"without_noise": {"normal": 0.9, "pneumonia": 0.8}, "with_noise": {"normal": 0.9, "pneumonia": 0.6}}
+    with_privacy(site, "linear_probe", accuracy={"data": "public X-rays", **shares})
+    output = " ".join(site.frozen().silo("accept", "silo-a", "--yes").split())
+    assert (
+        "accuracy By these figures the noise costs pneumonia most (20.0 points), and normal least (0.0). "
+        "The coordinator's word, measured on: public X-rays" in output
+    )
+
+
+def test_the_next_steps_after_accept_are_those_that_are_left(site: Site) -> None:
+    site.frozen().silo("accept", "silo-a", "--yes")
+    config = read_silo(site.config("silo-a"))
+    models = Path(config.workdir, "adapters", "models.json")
+    models.parent.mkdir()
+    models.write_text(json.dumps({"plan": config.plan, "models": ["00" * 32] * 2}))
+    output = site.silo("accept", "silo-a", "--yes")
+    assert output.endswith("the run has come to its end. next: `fedclip-silo evaluate`, and `fedclip-silo report`\n")
+    models.write_text("damaged")
+    assert site.silo("accept", "silo-a", "--yes").endswith("then `fedclip-silo train`\n")
 
 
 def test_garbage_in_every_file_of_a_silo_is_named_and_left_alone(site: Site) -> None:

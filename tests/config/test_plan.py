@@ -106,6 +106,7 @@ def test_file_that_init_writes_is_a_plan(tmp_path: Path) -> None:
         ("model.image_window", ["a", 1], "model.image_window.0: input should be a valid integer"),
         ("model.image_window", [1], "model.image_window.1: is missing"),
         ("model.pretrained", "", "model.pretrained: "),
+        ("model", {"name": "fedclip-tiny"}, "model: pretrained is missing; for fedclip-tiny, .* `pretrained: shipped`"),
         ("classes", {"a": "a"}, "classes: needs at least 2 classes"),
         ("classes", {"a": "a", "../b": "b"}, "'../b' cannot be a folder's name"),
         ("classes", {"a": "a", ".b": "b"}, "'.b' cannot be a folder's name"),

@@ -145,7 +145,7 @@ def test_person_is_told_that_the_limit_is_another_than_at_the_newest_run(books: 
     assert told(ledger, 8.0) == []
     ledger.open_run(TERMS, SOME, Cap(4.0, DELTA))
     assert told(ledger, 4.0) == []
-    was = "policy.max_epsilon was 4 (delta 1e-05) for the run of federation pets (entry of 2027-01-15 08:00:00 UTC), "
+    was = "policy.max_epsilon was 4 (delta 1e-05) for the run of federation pets (entry of 2027-01-15 08 h UTC), "
     (raised,) = told(ledger, 8.0)
     assert raised == (
         f"{was}and is now 8 (delta 1e-05): what held for the old limit does not hold for the new one, and reports "
@@ -167,6 +167,6 @@ def test_person_is_told_that_the_ledger_does_not_know_the_limit_of_before(books:
     ledger = books.open()
     assert told(ledger, None) == []
     assert told(ledger, 8.0) == [
-        "the ledger does not record the max_epsilon of this silo's run of 2027-01-15 08:00:00 UTC: if it was raised "
+        "the ledger does not record the max_epsilon of this silo's run of 2027-01-15 08 h UTC: if it was raised "
         "since, what held for the old limit does not hold for the new one"
     ]

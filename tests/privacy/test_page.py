@@ -18,7 +18,7 @@ from fedclip_secure.privacy.document import TESTS, Attack, Estimate, Limit, Rate
 from fedclip_secure.privacy.entries import HOUR
 from fedclip_secure.privacy.output import write_report
 from fedclip_secure.privacy.page import render_page
-from fedclip_secure.privacy.parties import parties
+from fedclip_secure.privacy.parties import Cost, most_hurt, parties
 from fedclip_secure.privacy.planned import PlannedRun
 from fedclip_secure.privacy.receipts import open_receipt
 from fedclip_secure.privacy.report import SiloFacts, report_body
@@ -396,3 +396,9 @@ def test_the_bound_of_no_information_is_guessing() -> None:
     rates = np.linspace(0, 1, 11)
     nothing = Curve(np.array([0.0]), np.array([0.0]))
     np.testing.assert_allclose(most_true_positives(nothing, rates), rates)
+
+
+def test_no_negative_zero_is_told_of_a_class_that_loses_next_to_nothing() -> None:
+    found = [Cost("person", 0.9, 0.5), Cost("guitar", 0.6, 0.5999)]
+    assert f"{found[1].points:+.1f}" == "+0.0"
+    assert most_hurt(found).endswith("costs person most (40.0 points), and guitar least (0.0).")

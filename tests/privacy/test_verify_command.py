@@ -28,6 +28,27 @@ def test_only_a_report_that_was_compared_with_both_pins_is_called_verified(tmp_p
     assert last_words() == (0, "consistent in itself; plan and roster not compared")
     assert last_words(*both[:2]) == (0, "consistent in itself; roster not compared")
     assert last_words("--plan", "sha256:" + "0" * 64) == (1, "NOT verified")
+    assert last_words(*(as_the_page_has_it(word) for word in both)) == (0, "verified")
+    assert (
+        last_words(*(word.removeprefix("sha256:").upper() if ":" in word else word for word in both))[1] == "verified"
+    )
+    done = CliRunner().invoke(silo.main, ["verify", str(path), "--plan", site.agreed.pin[:-1]], terminal_width=200)
+    assert done.exit_code == 2
+    assert "is no pin; a pin has 64 digits of 0-9 and a-f, after sha256: or alone" in " ".join(done.output.split())
+
+
+def as_the_page_has_it(word: str) -> str:
+    """A pin in groups."""
+    head, colon, digits = word.partition(":")
+    return f"{head}{colon} {' '.join(digits[i : i + 4] for i in range(0, 64, 4))}" if colon else word
+
+
+def test_json_says_which_pins_were_compared(tmp_path: Path) -> None:
+    site, path = Site(tmp_path), tmp_path / "report.json"
+    path.write_bytes(site.report(rounds=1))
+    for options, plan in (((), False), (("--plan", site.agreed.pin), True)):
+        done = CliRunner().invoke(silo.main, ["verify", str(path), "--json", *options])
+        assert json.loads(done.output)["compared"] == {"plan": plan, "roster": False}
 
 
 def test_an_audit_is_said_to_be_the_silos_word(tmp_path: Path) -> None:

@@ -33,9 +33,11 @@ from fedclip_secure.privacy.software import code_sha256
 from fedclip_secure.privacy.verify import verify
 from fedclip_secure.silo.account import (
     Account,
+    about_ledger,
     about_place,
     cap_of,
     end_runs,
+    existing_ledger,
     mend_clock,
     note_of,
     open_ledger,
@@ -239,7 +241,10 @@ def test_a_silo_that_may_neither_train_again_nor_be_absent_stops_with_a_reason(t
 def test_train_says_of_a_run_that_was_ended_that_it_was_and_what_to_do(tmp_path: Path) -> None:
     labs, name = Labs.create(tmp_path), SILOS[0]
     begun(labs, name, 1)
-    assert end_runs(labs.configs[name], labs.site.identities[name], "lung-xray") == 1
+    config, identity = labs.configs[name], labs.site.identities[name]
+    assert not about_ledger(config, identity, labs.accepted)[1]
+    assert end_runs(config, identity, "lung-xray") == 1
+    assert about_ledger(config, identity, labs.accepted)[1], "which `accept` says in place of the next steps"
     stopped = labs.alone(name)
     assert isinstance(stopped, PolicyError)
     assert (
@@ -255,6 +260,15 @@ def test_train_says_of_a_run_that_was_ended_that_it_was_and_what_to_do(tmp_path:
 def moved(labs: Labs, name: str, folder: Path) -> None:
     """Let silo.yaml name another ledger."""
     labs.configs[name] = labs.configs[name].model_copy(update={"ledger": str(folder)})
+
+
+def not_known_to(labs: Labs, name: str, said: str) -> None:
+    """`accept` and `budget` refuse the ledger that silo.yaml names."""
+    config, identity = labs_pinned(labs, name), labs.site.identities[name]
+    for ask in (lambda: about_ledger(config, identity, labs.accepted), lambda: existing_ledger(config, identity)):
+        with pytest.raises(TrustError) as refused:
+            ask()
+        assert str(refused.value) == said
 
 
 def test_another_ledger_than_the_run_was_begun_with_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -273,6 +287,7 @@ def test_another_ledger_than_the_run_was_begun_with_is_refused_before_anything_i
     assert str(refused) == said
     with pytest.raises(TrustError, match="was begun with the ledger"):
         make_report(labs_pinned(labs, name), labs.site.identities[name], labs.accepted, None)
+    not_known_to(labs, name, said)
     assert not new.parent.exists()
     # The same where another federation has its ledger.
     moved(labs, name, Path(labs.configs[SILOS[1]].ledger))
@@ -283,6 +298,7 @@ def test_another_ledger_than_the_run_was_begun_with_is_refused_before_anything_i
     refused = labs.alone(name)
     assert isinstance(refused, TrustError)
     assert "was begun with another ledger, which knows what it spent; set `ledger` back, or move" in str(refused)
+    not_known_to(labs, name, str(refused))
     assert not new.parent.exists()
 
 
@@ -379,6 +395,9 @@ def test_accept_shows_the_limit_what_is_spent_and_what_the_plan_adds(tmp_path: P
         return asyncio.run(main())
 
     said = accept(first)
+    assert said.endswith(
+        "next: `fedclip-silo extract`, `fedclip-silo audit`, and an hour later or more `fedclip-silo train`\n"
+    )
     limit = r"policy.max_epsilon is 6 \(delta 1e-05\): of the limit's budget the unit charged most has spent "
     (share,) = re.findall(limit + r"0.0 % \(epsilon 0\); this run adds at most ([0-9.]+) %: it fits for every", said)
     begun(first, name, 1)
