@@ -5,7 +5,7 @@ loss. One unit more or less moves the sum by at most C:
 
 1. What a unit adds follows from its own records alone, to the last bit. Where a method is linear layers, records share
    a pass that computes so (`exact.py`). Elsewhere each record has a pass of its own, to which nothing else of the batch
-   is given. Which of the two it is follows from module and loss, and not from the batch.
+   is given, no random number either. Which of the two it is follows from module and loss, and not from the batch.
 2. Its norm is at most C(1 - 2⁻²⁰)(1 + 2⁻²⁵): the factor is found in float64, of norms that are right to 2⁻²⁶.
 3. The sum is rounded, in an order that depends on who is there. Sums of at most _ROWS terms come first, of whole
    units, and then their sum: of N records there are at most 2N/_ROWS + 1 such sums. By Higham 2002, section 3.1, the
@@ -61,7 +61,8 @@ def clipped_sum(
         A unit with a value in its gradient that is not finite adds nothing.
 
     Raises:
-        ModelError: the gradient of one record cannot be told from that of the others; threads that compute differently.
+        ModelError: the gradient of one record cannot be told from that of the others; the model draws random numbers;
+            threads compute differently.
         DataError: more records than the argument reaches to.
     """
     _check_terms(units)
@@ -71,7 +72,7 @@ def clipped_sum(
             "with OMP_NUM_THREADS=1"
         )
     summing = _Summing(module, phase, batch, units, max_grad_norm)
-    with _as_clipped(module, phase, batch):
+    with _as_clipped(module, phase, batch), _drawing_nothing(batch.labels.device):
         layers = _shared_layers(module, summing.parameters)
         if layers is not None:
             try:
@@ -106,6 +107,26 @@ def shared_pass(module: nn.Module, phase: Phase, batch: Batch) -> LayerGradients
 def _shared_layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Place] | None:
     device = next(iter(parameters.values())).device
     return None if device.type == "mps" else find_layers(module, parameters)  # MPS has no float64
+
+
+@contextmanager
+def _drawing_nothing(device: torch.device) -> Iterator[None]:
+    """Refuse a model that draws random numbers: those of one record would depend on how many came before it.
+
+    Raises:
+        ModelError: torch's generators were used.
+    """
+    before = _generators(device)
+    yield
+    if not all(map(torch.equal, before, _generators(device))):
+        raise ModelError(
+            "the model draws random numbers while it trains, as dropout does, and so what one record adds would depend "
+            "on others; it cannot be trained with `privacy`: set its dropout to 0, or choose another `method` or model"
+        )
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def check_layers(module: nn.Module) -> None:

@@ -335,7 +335,11 @@ def test_digest_changes_with_every_value_of_privacy(key: str, value: object) -> 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"privacy__noise_multiplier": 0}, "privacy.noise_multiplier: input should be greater than 0"),
+        ({"privacy__noise_multiplier": 0}, "privacy.noise_multiplier: input should be greater than or equal to 0.001"),
+        (
+            {"privacy__noise_multiplier": 1e-154},
+            "privacy.noise_multiplier: input should be greater than or equal to 0.001",
+        ),
         ({"privacy__noise_multiplier": ...}, "needs `noise_multiplier` or `target_epsilon`, and not both"),
         ({"privacy__target_epsilon": 3.0}, "needs `noise_multiplier` or `target_epsilon`, and not both"),
         ({"privacy__sample_rate": 0}, "privacy.sample_rate: input should be greater than 0"),
