@@ -178,7 +178,8 @@ def test_assumptions_are_lit_by_facts_not_by_epsilon(facts: SiloFacts, body: dic
     assert states(body)["runs-fit"] == "shown"
     bare = states(report_body(replace(facts, receipts=(), limit=None)))
     assert bare["ledger-unreceipted"] == "stated"
-    assert bare["no-limit"] == "open"
+    assert bare["limit-removed"] == "open", "the ledger has one for this run"
+    assert states(report_body(replace(facts, entries=(), receipts=(), limit=None)))["no-limit"] == "open"
     failed = AUDIT.model_copy(update={"self_tests": [AUDIT.self_tests[0].model_copy(update={"passed": False})]})
     assert states(report_body(replace(facts, audit=failed)))["mechanism-failed"] == "open"
 
