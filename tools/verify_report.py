@@ -1284,8 +1284,8 @@ def tests_and_code_ids(body: Json, ledger: Ledger) -> list[str]:
     if "at" in audit and ledger.reserved:
         first = next(iter(ledger.reserved.values()))
         rounds = [model["round"] for model in body["models"] if model["digest"] == audit.get("received")]
-        later = 1 if max(rounds, default=0) >= first["round"] else audit["at"] - first["at"] // HOUR * HOUR
-        found.append("audit-before" if later < 0 else "audit-after" if later > 0 else "audit-in-the-hour")
+        apart = 1 if max(rounds, default=0) >= first["round"] else audit["at"] - first["at"] // HOUR * HOUR
+        found.append("audit-before" if apart < 0 else "audit-after" if apart > 0 else "audit-in-the-hour")
     return found
 
 
