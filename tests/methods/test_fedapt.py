@@ -272,7 +272,7 @@ def test_private_training_of_fedapt_keeps_records_apart_and_is_plain_training_wi
     model = moved(world.build(method))
     check_records_apart(model, method.phases("hill")[0], world.task, (64,), CPU)
     received = read_shared(model, method.spec)
-    quiet = {"sample_rate": 1.0, "noise_multiplier": 1e-12, "max_grad_norm": 1e6, "update_divisor": 9.0}
+    quiet = {"sample_rate": 1.0, "noise_multiplier": 1.0, "max_grad_norm": 1e6, "update_divisor": 9.0}
     plan = make_plan(method=options(), optimizer={"name": "sgd", "lr": LR}, steps_per_round=2, **quiet)
     private = PrivateTrainer(
         plan, 1e-12, world.task, records, records.unit_ids, CPU, encoder=world.encoder, silo="hill"

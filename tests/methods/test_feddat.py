@@ -284,7 +284,7 @@ def test_private_training_of_feddat_without_noise_and_clipping_is_full_batch_tra
 ) -> None:
     method, plain = method_of(options), full_batch(tower_plan, options, epochs=2)
     records, received = world.records(method), world.moved_state(method)
-    quiet = {"sample_rate": 1.0, "noise_multiplier": 1e-12, "max_grad_norm": 1e6, "update_divisor": float(RECORDS)}
+    quiet = {"sample_rate": 1.0, "noise_multiplier": 1.0, "max_grad_norm": 1e6, "update_divisor": float(RECORDS)}
     plan = make_plan(
         method={"name": "feddat", **options}, optimizer={"name": "sgd", "lr": LR}, steps_per_round=2, **quiet
     )

@@ -227,8 +227,8 @@ def test_nothing_done_costs_nothing() -> None:
 
 
 def test_noise_that_hides_nothing_gives_no_finite_claim() -> None:
-    assert epsilon([Event(1e-4, 1.0, 1)], DELTA) == math.inf
-    assert delta_at([Event(1e-4, 1.0, 1)], [5.0]).tolist() == [1.0]
+    assert epsilon([Event(1e-3, 1.0, 1)], DELTA) == math.inf
+    assert delta_at([Event(1e-3, 1.0, 1)], [5.0]).tolist() == [1.0]
 
 
 def test_next_to_no_privacy_loss_is_next_to_zero() -> None:

@@ -53,7 +53,8 @@ def light(body: dict[str, Any]) -> tuple[str, str]:
         (20.0, 8.0, ("limit-lowered", "open")),
         (None, 8.0, ("limit-lowered", "open")),
         (8.0, 20.0, ("limit-raised", "open")),
-        (8.0, None, ("no-limit", "open")),
+        (8.0, None, ("limit-removed", "open")),
+        (None, None, ("no-limit", "open")),
     ],
 )
 def test_report_says_what_became_of_the_limit_that_its_run_was_admitted_under(

@@ -385,8 +385,10 @@ def test_both_judge_a_ledger_that_was_written_anew_alike(site: Site, oak: SiloFa
         SignedEntry(encode(item["entry"]), bytes.fromhex(item["signature"])) for item in edited["ledger"]["entries"]
     ]
     assert judgement(site.signed(report_body(replace(oak, entries=entries, receipts=(), limit=None))))
-    told = any(what in name for what in ("clock", "version 0.1", "another program"))
-    assert judgement(site.signed(edited)) != told, "of a clock that was wrong, and of programs, the report must tell"
+    told = any(what in name for what in ("clock", "version 0.1", "another program", "not recorded"))
+    assert judgement(site.signed(edited)) != told, (
+        "of a clock that was wrong, of programs and of limits, the report must tell"
+    )
 
 
 @pytest.mark.parametrize("by", [0.01, 0.003])

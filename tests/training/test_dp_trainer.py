@@ -44,11 +44,18 @@ def counted_coins(keys: list[bytes]) -> Coins:
     return draw
 
 
-def trainer(plan: FederationPlan, records: FeatureSet, units: Any = None, coins: Coins | None = None) -> PrivateTrainer:
+def trainer(
+    plan: FederationPlan,
+    records: FeatureSet,
+    units: Any = None,
+    coins: Coins | None = None,
+    noise: float | None = None,
+) -> PrivateTrainer:
+    """With the plan's noise, or with less than any plan may have."""
     assert plan.privacy is not None
     assert plan.privacy.noise_multiplier is not None
     ids = records.unit_ids if units is None else units
-    sigma = plan.privacy.noise_multiplier
+    sigma = plan.privacy.noise_multiplier if noise is None else noise
     return PrivateTrainer(plan, sigma, make_task(), records, ids, CPU, coins=coins or system_coins)
 
 
@@ -100,7 +107,7 @@ def test_update_is_what_coins_and_a_plain_loop_say(name: str, patients: int | No
 
 @pytest.mark.parametrize("name", ["fedclip", "linear_probe", "private_prototypes"])
 def test_without_clipping_and_noise_it_is_full_batch_training(name: str) -> None:
-    private = {"sample_rate": 1.0, "noise_multiplier": 1e-12, "max_grad_norm": 1e6, "update_divisor": 40.0}
+    private = {"sample_rate": 1.0, "noise_multiplier": 1.0, "max_grad_norm": 1e6, "update_divisor": 40.0}
     plan = make_plan(
         method={"name": name}, optimizer={"name": "sgd", "lr": 0.05, "momentum": 0.5}, steps_per_round=5, **private
     )
@@ -110,7 +117,9 @@ def test_without_clipping_and_noise_it_is_full_batch_training(name: str) -> None
     )
     splits = {"train": records, "validation": records.select(np.zeros(40, dtype=bool))}
     expected = LocalTrainer(plain, make_task(), splits, CPU).train(state)
-    assert np.allclose(trainer(plan, records).train(state), expected, atol=1e-4 * np.abs(expected).max() + 1e-5)
+    assert np.allclose(
+        trainer(plan, records, noise=1e-12).train(state), expected, atol=1e-4 * np.abs(expected).max() + 1e-5
+    )
 
 
 def test_noise_of_the_update_is_sigma_times_norm_over_the_divisor_whatever_the_batch() -> None:
@@ -185,8 +194,8 @@ def test_patients_are_taken_or_left_whole() -> None:
         records, image_features=np.stack([records.image_features[0]] * 2), labels=np.zeros(2, dtype=np.int64)
     )
     units = of_patients(2, 1)
-    plan = make_plan(sample_rate=0.5, noise_multiplier=1e-9, max_grad_norm=0.25, update_divisor=1.0, steps_per_round=1)
-    private, state = trainer(plan, mirrored, units), initial(plan)
+    plan = make_plan(sample_rate=0.5, max_grad_norm=0.25, update_divisor=1.0, steps_per_round=1)
+    private, state = trainer(plan, mirrored, units, noise=1e-9), initial(plan)
     norms = {round(float(np.linalg.norm(private.train(state))), 4) for _ in range(40)}
     assert norms == {0.0, 0.25}, "never half of a patient, and never twice the norm"
 
