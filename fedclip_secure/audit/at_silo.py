@@ -8,9 +8,8 @@ from pathlib import Path
 from fedclip_secure.audit.scene import make_scene
 from fedclip_secure.audit.setting import Setting
 from fedclip_secure.config.lock import Contract, ExternalEncoder, OpenClipEncoder
-from fedclip_secure.config.plan import ExternalModel
+from fedclip_secure.config.plan import SHIPPED, ExternalModel
 from fedclip_secure.config.silo import SiloConfig
-from fedclip_secure.features.clip import SHIPPED
 from fedclip_secure.features.encoder import Encoder, choose_device, load_encoder
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState

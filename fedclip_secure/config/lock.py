@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedclip_secure import canonical
-from fedclip_secure.config.fields import Number, Sha256, Strict, Text, check
+from fedclip_secure.config.fields import LEAST_NOISE, MOST_NOISE, Number, Sha256, Strict, Text, check
 from fedclip_secure.config.plan import FederationPlan, TimmName
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.files import write_atomically
@@ -93,7 +93,9 @@ class FederationLock(Strict):
     initial_model: Sha256  # digest of the adapter that round 1 starts from
     initial_file: Sha256  # of initial.safetensors
     method_state: dict[str, Any] = Field(default_factory=dict)
-    noise_multiplier: Annotated[Number, Field(ge=1e-3, le=1e6)] | None = None  # with `privacy`: sigma, for all rounds
+    noise_multiplier: Annotated[Number, Field(ge=LEAST_NOISE, le=MOST_NOISE)] | None = (
+        None  # with `privacy`: sigma, for all rounds
+    )
     releases: int = Field(default=1, ge=1)  # noisy sums of one step: one for each phase of the method
 
 

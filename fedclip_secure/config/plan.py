@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from fedclip_secure import canonical
-from fedclip_secure.config.fields import CONTROL, LATER, Name, Number, Seconds, Strict, Text
+from fedclip_secure.config.fields import CONTROL, LATER, LEAST_NOISE, Name, Number, Seconds, Strict, Text
 from fedclip_secure.names import MAX_SILOS, MIN_SILOS
 
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
@@ -29,7 +29,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 # Plain values, which a method's own fields check later: this layer does not know the methods.
 _Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
-_SHIPPED = "fedclip-tiny"  # a small CLIP of our own, whose weights the package brings along
+SHIPPED = "fedclip-tiny"  # a small CLIP of our own, whose weights the package brings along: needs no download
 _Plain = bool | _Whole | Number | Text
 Option = _Plain | list[_Plain] | dict[Text, _Plain | list[_Plain]]
 
@@ -65,17 +65,16 @@ class OpenClipModel(Strict):
     """A CLIP encoder that open_clip can build, and the weights to load into it."""
 
     name: Annotated[Text, AfterValidator(_plain_name)]
-    pretrained: (
-        Text  # open_clip's tag, or a checkpoint beside federation.yaml (fedclip-tiny: shipped); hashed in the lock
-    )
+    # A tag of open_clip, a checkpoint beside federation.yaml, or `shipped` of fedclip-tiny; its SHA-256 is in the lock.
+    pretrained: Text
     config: Text | None = None  # open_clip model config (JSON) beside federation.yaml, where `name` is not built in
     image_window: Window | None = None  # [low, high] of 16-bit images, mapped to 0..255
 
     @model_validator(mode="before")
     @classmethod
     def _shipped(cls, value: object) -> object:
-        if isinstance(value, dict) and value.get("name") == _SHIPPED and "pretrained" not in value:
-            raise ValueError(f"pretrained is missing; for {_SHIPPED}, which is installed, add `pretrained: shipped`")
+        if isinstance(value, dict) and value.get("name") == SHIPPED and "pretrained" not in value:
+            raise ValueError(f"pretrained is missing; for {SHIPPED}, which is installed, add `pretrained: shipped`")
         return value
 
     @field_validator("name")
@@ -220,7 +219,7 @@ class PrivacyPlan(Strict):
     unit: Literal["record", "patient"]  # whose presence stays hidden
     sample_rate: Annotated[Number, Field(gt=0, le=1)]  # q: with what probability a unit is in a step
     steps_per_round: int = Field(ge=1, le=100_000)
-    noise_multiplier: Annotated[Number, Field(ge=1e-3, le=10_000)] | None = None  # sigma, in max_grad_norm
+    noise_multiplier: Annotated[Number, Field(ge=LEAST_NOISE, le=10_000)] | None = None  # sigma, in max_grad_norm
     target_epsilon: Annotated[Number, Field(gt=0, le=1000)] | None = None  # over all rounds; `prepare` finds sigma
     max_grad_norm: Positive  # C: what the gradient of one unit is clipped to
     update_divisor: Positive  # in place of the batch size

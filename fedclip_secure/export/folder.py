@@ -10,12 +10,12 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedclip_secure.config.lock import Contract, ExternalEncoder
-from fedclip_secure.config.plan import OpenClipModel
+from fedclip_secure.config.plan import SHIPPED, OpenClipModel
 from fedclip_secure.data.embeddings import read_text_features
 from fedclip_secure.errors import DataError
 from fedclip_secure.export.card import model_card
 from fedclip_secure.export.facts import Facts, write_card
-from fedclip_secure.export.loading import SHIPPED, encoder_config, weights_name
+from fedclip_secure.export.loading import encoder_config, weights_name
 from fedclip_secure.files import write_atomically
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.roster import Roster

@@ -7,11 +7,10 @@ import re
 from collections.abc import Iterable
 
 from fedclip_secure.config.lock import Contract, OpenClipEncoder, TimmEncoder
-from fedclip_secure.config.plan import OpenClipModel
+from fedclip_secure.config.plan import SHIPPED, OpenClipModel
 from fedclip_secure.export.examples import EXTERNAL, TEXT_FEATURES
 from fedclip_secure.export.inside import example_of
 
-SHIPPED = "fedclip-tiny"  # the encoder whose weights this package brings along, so that an export can too
 _BUILT = "encoder"  # under this name open_clip builds a config that is not its own: encoder.json
 
 _FILES = (

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import OpenClipEncoder
-from fedclip_secure.config.plan import OpenClipModel
+from fedclip_secure.config.plan import SHIPPED, OpenClipModel
 from fedclip_secure.errors import ModelError
 from fedclip_secure.features.checkpoint import (
     check_file,
@@ -29,7 +29,6 @@ from fedclip_secure.features.checkpoint import (
     sha256_of,
 )
 
-SHIPPED = "fedclip-tiny"  # a small CLIP of our own, in the package: needs no download
 _ASSETS = Path(__file__).parents[1] / "assets" / SHIPPED
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}  # all that open_clip's own configs use
 _DEFAULT_PREPROCESSING = {  # CLIP's own, open_clip's default for weights without a tag

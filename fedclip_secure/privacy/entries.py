@@ -16,11 +16,11 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from fedclip_secure.config.fields import Name, Sha256, Strict
+from fedclip_secure.config.fields import LEAST_NOISE, MOST_NOISE, Name, Sha256, Strict
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import Normalisation
 from fedclip_secure.privacy.canonical_json import decode, encode
-from fedclip_secure.privacy.events import LEAST_NOISE, MOST_NOISE, Event
+from fedclip_secure.privacy.events import Event
 
 VERSION = 2  # of what is written; 1 is still read
 HOUR = 3600  # seconds; ledgers and reports tell whole hours alone, so that no time a training took shows

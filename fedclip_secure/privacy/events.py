@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from fedclip_secure.config.fields import LEAST_NOISE, MOST_NOISE
 from fedclip_secure.errors import ConfigError
 
 POISSON_GAUSSIAN = "poisson_gaussian"
-LEAST_NOISE, MOST_NOISE = 1e-3, 1e6  # beyond them squares over- and underflow, and no noise may cost nothing
 
 
 @dataclass(frozen=True, slots=True)

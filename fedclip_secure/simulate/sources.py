@@ -12,13 +12,12 @@ import numpy.typing as npt
 
 from fedclip_secure import canonical
 from fedclip_secure.config.lock import Contract
-from fedclip_secure.config.plan import ExternalModel, FederationPlan
+from fedclip_secure.config.plan import SHIPPED, ExternalModel, FederationPlan
 from fedclip_secure.config.silo import Data, EmbeddingsData, FolderData, SiloConfig
 from fedclip_secure.data import synthetic
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.data.sites import absent_classes, classes_in, folders_in, silo_name
 from fedclip_secure.errors import ConfigError, DataError
-from fedclip_secure.features.clip import SHIPPED
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.progress import ShowProgress
 from fedclip_secure.simulate.experiment import DemoSites, EmbeddingSites, Experiment, FolderSites
