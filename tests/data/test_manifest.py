@@ -59,7 +59,7 @@ def test_every_faulty_row_is_named_with_its_line(tmp_path: Path) -> None:
         read(tmp_path, text)
     assert str(caught.value).splitlines()[1:] == [
         "  line 3: has no path",
-        "  line 4: label 'Dog' is no class of the plan (Dog -> dog?)",
+        "  line 4: label 'Dog' is no class of the plan ('Dog' -> 'dog'?)",
         "  line 5: path './a.png' stands in line 2 already",
         "  line 6: has 2 cell(s), must have 3 (path,label,patient); quote text that holds commas",
         "  line 7: has no patient",
@@ -81,7 +81,7 @@ def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
         ("path;label", "found path;label"),
         ("path", "found path"),
         ("path,label,path", "found path,label,path"),
-        ("path,label,patinet", r"\(patinet -> patient\?\); rename or remove"),
+        ("path,label,patinet", r"\('patinet' -> 'patient'\?\); rename or remove"),
     ],
 )
 def test_header_at_fault_is_told(tmp_path: Path, header: str, match: str) -> None:
@@ -96,10 +96,10 @@ def test_manifest_without_rows_is_told(tmp_path: Path) -> None:
 
 def test_class_without_images_is_told_unless_named_absent(tmp_path: Path) -> None:
     text = "path,label\na.png,cat\n"
-    with pytest.raises(DataError, match=r"no image of class\(es\) dog; add some, or .*absent_classes"):
+    with pytest.raises(DataError, match=r"no image of class\(es\) 'dog'; add some, or .*absent_classes"):
         read(tmp_path, text)
     assert len(read(tmp_path, text, ("dog",))) == 1
-    with pytest.raises(DataError, match=r"absent_classes.*Dog -> dog"):
+    with pytest.raises(DataError, match=r"absent_classes.*'Dog' -> 'dog'"):
         read(tmp_path, text, ("Dog",))
 
 
