@@ -30,6 +30,11 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def decomposed(name: str) -> str:
+    """`name` as a Mac writes it."""
+    return unicodedata.normalize("NFD", name)
+
+
 def near(names: Sequence[str], known: Sequence[str]) -> str:
     """` ('Dogs' -> 'dog'?)` for those `names` that are nearly one of `known`; empty where none is."""
     lowered = {name.lower(): name for name in known}

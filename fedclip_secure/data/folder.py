@@ -56,7 +56,7 @@ def _class_folders(root: Path) -> dict[str, Path]:
         name = composed(entry.name)
         if name in found:
             raise DataError(
-                f"{root}: there are two folders {name!r}, whose letters are encoded in two ways; move all files into one"
+                f"{root}: there are two folders {name!r}, whose letters are encoded in two ways; put all files into one"
             )
         found[name] = entry
     return found

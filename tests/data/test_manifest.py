@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from fedclip_secure.data.dataset import ImageFile
+from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.errors import DataError
+from tests.data.test_folder import save
 
 CLASSES = ("cat", "dog")
 GOOD = "path,label\na.png,cat\nb/c.png,dog\n"
@@ -137,3 +140,20 @@ def test_image_without_a_patient_is_named(tmp_path: Path) -> None:
 def test_a_path_with_control_characters_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: holds control characters"):
         read(tmp_path, "path,label\na\x00.png,cat\n")
+
+
+def test_letters_that_are_encoded_in_two_ways_are_equal(tmp_path: Path) -> None:
+    name, mac = (unicodedata.normalize(form, "Lungenentzündung") for form in ("NFC", "NFD"))
+    save(tmp_path / mac / unicodedata.normalize("NFD", "Müller.png"))
+    listed = tmp_path / "list.csv"
+    listed.write_text(f"path,label,patient\n{name}/Müller.png,{mac},Müller\n{name}/b.png,{name},p\n")
+    first, second = read_manifest(listed, tmp_path, [name])
+    assert first.path.exists()
+    assert first.label == second.label == 0
+    patients = tmp_path / "patients.csv"
+    patients.write_text(f"path,patient\n{name}/Müller.png,p\n")
+    (file,) = with_patients(read_folder(tmp_path, [name]), patients, tmp_path)
+    assert file.unit is not None
+    listed.write_text(f"path,label\n{name}/b.png,{name}\n{mac}/b.png,{name}\n")
+    with pytest.raises(DataError, match=r"line 3: path .* stands in line 2 already"):
+        read_manifest(listed, tmp_path, [name])
