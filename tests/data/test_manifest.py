@@ -144,16 +144,18 @@ def test_a_path_with_control_characters_is_named_with_its_line(tmp_path: Path) -
 
 def test_letters_that_are_encoded_in_two_ways_are_equal(tmp_path: Path) -> None:
     name, mac = (unicodedata.normalize(form, "Lungenentzündung") for form in ("NFC", "NFD"))
-    save(tmp_path / mac / unicodedata.normalize("NFD", "Müller.png"))
-    listed = tmp_path / "list.csv"
+    images = tmp_path / "images"
+    save(images / mac / unicodedata.normalize("NFD", "Müller.png"))
+    (tmp_path / "lists").mkdir()
+    listed = tmp_path / "lists/list.csv"
     listed.write_text(f"path,label,patient\n{name}/Müller.png,{mac},Müller\n{name}/b.png,{name},p\n")
-    first, second = read_manifest(listed, tmp_path, [name])
+    first, second = read_manifest(listed, images, [name])
     assert first.path.exists()
     assert first.label == second.label == 0
-    patients = tmp_path / "patients.csv"
+    patients = tmp_path / "lists/patients.csv"
     patients.write_text(f"path,patient\n{name}/Müller.png,p\n")
-    (file,) = with_patients(read_folder(tmp_path, [name]), patients, tmp_path)
+    (file,) = with_patients(read_folder(images, [name]), patients, images)
     assert file.unit is not None
     listed.write_text(f"path,label\n{name}/b.png,{name}\n{mac}/b.png,{name}\n")
     with pytest.raises(DataError, match=r"line 3: path .* stands in line 2 already"):
-        read_manifest(listed, tmp_path, [name])
+        read_manifest(listed, images, [name])
