@@ -108,6 +108,7 @@ def _kind(path: str) -> str:
 
 
 def _listed(counts: Counter[str]) -> str:
-    some_kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.most_common(_KINDS))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    some_kinds = ", ".join(f"{count} x {kind}" for kind, count in ordered[:_KINDS])
     left = len(counts) - _KINDS
     return some_kinds + (f" and {left} other kind(s)" if left > 0 else "")
