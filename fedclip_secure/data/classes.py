@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 
 from fedclip_secure.errors import DataError
@@ -20,18 +21,28 @@ def check_absent(absent: Sequence[str], classes: Sequence[str]) -> None:
     if strangers:
         raise DataError(
             f"`data.absent_classes` in silo.yaml names {some(strangers)}, no class of the plan"
-            f"{near(strangers, classes)}; the plan's classes are {', '.join(classes)}"
+            f"{near(strangers, classes)}; the plan's classes are {', '.join(map(repr, classes))}"
         )
 
 
+def composed(name: str) -> str:
+    """`name` in the form in which equal letters are equal: a Mac writes ü as u and two dots (Unicode, annex 15)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def decomposed(name: str) -> str:
+    """`name` as a Mac writes it."""
+    return unicodedata.normalize("NFD", name)
+
+
 def near(names: Sequence[str], known: Sequence[str]) -> str:
-    """` (Dogs -> dog?)` for those `names` that are nearly one of `known`; empty where none is."""
+    """` ('Dogs' -> 'dog'?)` for those `names` that are nearly one of `known`; empty where none is."""
     lowered = {name.lower(): name for name in known}
     pairs = [(name, difflib.get_close_matches(name.lower(), lowered, n=1)) for name in names]
-    hints = [f"{name} -> {lowered[close[0]]}?" for name, close in pairs if close]
+    hints = [f"{name!r} -> {lowered[close[0]]!r}?" for name, close in pairs if close]
     return f" ({', '.join(hints[:3])})" if hints else ""
 
 
 def some(names: Sequence[str]) -> str:
-    """The first five, and how many more."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    """The first five in quotes, which show a space at the end, and how many more."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -19,7 +19,8 @@ from fedclip_secure.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-DICOM_SUFFIX = ".dcm"
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+PREAMBLE = 132  # bytes: 128 of anything, and four letters (PS3.10, 7.1)
 _TAGS = (  # PS3.3: image pixel module (C.7.6.3), multi-frame (C.7.6.6), modality LUT (C.11.1)
     "SamplesPerPixel",
     "PhotometricInterpretation",
@@ -44,7 +45,8 @@ def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None) -> Image
     """Decode a single-frame DICOM file to 8-bit RGB.
 
     Grey pixels are rescaled by the file's slope and intercept (or its modality LUT) and mapped from
-    `window` [low, high], in rescaled units, to 0..255; MONOCHROME1 is inverted. Colour must have 8 bits.
+    `window` [low, high], in rescaled units, to 0..255; MONOCHROME1 is inverted. Grey of up to 8 bits that is not
+    rescaled is no deeper than a picture, and fills 0..255 by itself. Colour must have 8 bits.
 
     Raises:
         DataError: names `path`; no DICOM, no pixels, several frames, too large, or pixels that cannot be decoded.
@@ -56,7 +58,7 @@ def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None) -> Image
     kind = str(file.PhotometricInterpretation)
     if kind in _COLOUR:
         return Image.fromarray(pixels.astype(np.uint8, casting="safe"))
-    grey = to_grey(_rescaled(pixels, file), path, window)
+    grey = to_grey(_rescaled(pixels, file), path, _own_range(file) or window)
     return Image.fromarray(255 - grey if kind == "MONOCHROME1" else grey).convert("RGB")
 
 
@@ -64,14 +66,22 @@ def _parse(data: bytes, path: Path) -> Dataset:
     try:
         from pydicom import dcmread  # noqa: PLC0415 - an extra: most silos have no DICOM
         from pydicom.errors import InvalidDicomError  # noqa: PLC0415
+        from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
             f"{path}: is DICOM, which needs pydicom; run `pip install 'fedclip-secure[dicom]'`"
         ) from error
     try:
-        return dcmread(io.BytesIO(data), specific_tags=list(_TAGS))
+        # Files without the preamble are read where they begin as a data set does, with group 0002 or 0008.
+        file = dcmread(io.BytesIO(data), specific_tags=list(_TAGS), force=data[:2] in (b"\x02\x00", b"\x08\x00"))
     except InvalidDicomError as error:
         raise DataError(f"{path}: is no DICOM file; replace it or move it away") from error
+    if "TransferSyntaxUID" not in file.file_meta:  # what a file without it has (PS3.5, 10.1)
+        implicit, little = file.original_encoding
+        if not little:
+            raise DataError(f"{path}: does not name its transfer syntax; export it again")
+        file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return file
 
 
 def _check(file: Dataset, path: Path) -> None:
@@ -107,8 +117,30 @@ def _pixels(file: Dataset, path: Path) -> npt.NDArray[np.generic]:
         ) from error
 
 
+def is_dicom(data: bytes) -> bool:
+    """Whether a file that begins with `data` is DICOM."""
+    return data[PREAMBLE - 4 : PREAMBLE] == b"DICM"
+
+
+def _own_range(file: Dataset) -> tuple[int, int] | None:
+    """From black to white where the file's bits say it, as those of an 8-bit picture do."""
+    bits = int(file.get("BitsStored") or file.BitsAllocated)
+    rescaled = (_number(file, "RescaleSlope", 1.0), _number(file, "RescaleIntercept", 0.0)) != (1.0, 0.0)
+    if bits > 8 or rescaled or "ModalityLUTSequence" in file or file.get("PixelRepresentation"):
+        return None
+    return 0, 2**bits - 1
+
+
+def _number(file: Dataset, tag: str, otherwise: float) -> float:
+    """The value of a tag, which may be there and empty."""
+    value = file.get(tag)
+    return otherwise if value is None or value == "" else float(value)
+
+
 def _rescaled(pixels: npt.NDArray[np.generic], file: Dataset) -> npt.NDArray[np.generic]:
     from pydicom.pixels.processing import apply_modality_lut  # noqa: PLC0415 - as in _parse
 
-    values: Any = apply_modality_lut(pixels, file)
-    return np.asarray(values)
+    if "ModalityLUTSequence" in file:
+        values: Any = apply_modality_lut(pixels, file)
+        return np.asarray(values)
+    return pixels.astype(np.float64) * _number(file, "RescaleSlope", 1.0) + _number(file, "RescaleIntercept", 0.0)

@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from fedclip_secure.data.dicom import DICOM_SUFFIX, read_dicom
+from fedclip_secure.data.dicom import DICOM_SUFFIXES, PREAMBLE, is_dicom, read_dicom
+from fedclip_secure.data.walk import looked_at
 from fedclip_secure.data.window import to_grey
 from fedclip_secure.errors import ConfigError, DataError
 
+_ORIENTATION = 0x0112  # in EXIF
+_UPRIGHT = {  # by orientation: what turns such an image upright (EXIF 2.32, 4.6.4)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits per pixel
 
 
-def readable_extensions() -> frozenset[str]:
-    """Lower-case suffixes of the files that `decode_image` can read: Pillow's formats and DICOM."""
+def is_image(path: str) -> bool:
+    """Whether a file is one that `decode_image` reads: by its extension, or DICOM by what it begins with.
+
+    Scanners name DICOM files IM000001, or by a UID with dots in it.
+
+    Raises:
+        DataError: it cannot be looked at.
+    """
+    _, dot, end = path.rpartition("/")[2].rpartition(".")
+    if dot and f".{end.lower()}" in _extensions():
+        return True
+
+    def begins() -> bytes:
+        with Path(path).open("rb") as file:
+            return file.read(PREAMBLE)
+
+    return is_dicom(looked_at(begins, path))
+
+
+@cache
+def _extensions() -> frozenset[str]:
+    """Lower-case suffixes of Pillow's formats and of DICOM."""
     pillow = (suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-    return frozenset((*pillow, DICOM_SUFFIX))
+    return frozenset((*pillow, *DICOM_SUFFIXES))
 
 
 def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
@@ -38,9 +70,9 @@ def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
 def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Image.Image:
     """Decode an image file's bytes to 8-bit RGB, turned upright by its EXIF orientation.
 
-    Images of more than 8 bits (16-bit, 32-bit and float grey) and grey DICOM are mapped from `window`
-    [low, high] to 0..255. Transparent pixels become white. Of several frames or pages the first counts,
-    but DICOM must have one. A file named `*.dcm` is read as DICOM.
+    Grey of more than 8 bits (16-bit, 32-bit, float; in DICOM as stored) is mapped from `window` [low, high] to 0..255.
+    Transparent pixels become white. Of several frames or pages the first counts, but DICOM must have one. DICOM is
+    known by its first bytes, or by its name. EXIF that cannot be read leaves an image as it is stored.
 
     Raises:
         DataError: names `path`; not an image, truncated, or too large.
@@ -48,10 +80,10 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Ima
             fault: all images like it would fail.
     """
     try:
-        if path.suffix.lower() == DICOM_SUFFIX:
+        if is_dicom(data) or path.suffix.lower() in DICOM_SUFFIXES:
             return read_dicom(data, path, window)
         with Image.open(io.BytesIO(data)) as image:
-            return _as_rgb(ImageOps.exif_transpose(image), path, window)
+            return _upright(image, _as_rgb(image, path, window))
     except (ConfigError, DataError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -70,3 +102,13 @@ def _as_rgb(image: Image.Image, path: Path, window: tuple[int, int] | None) -> I
         white = Image.new("RGBA", over.size, "white")
         return Image.alpha_composite(white, over).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(stored: Image.Image, image: Image.Image) -> Image.Image:
+    """`image` turned as the EXIF of `stored` says; as it is where that cannot be read, for the pixels are sound."""
+    try:
+        orientation = stored.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises whatever a broken block makes it raise
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)

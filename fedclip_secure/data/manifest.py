@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedclip_secure import canonical
-from fedclip_secure.data.classes import NAME_ABSENT, check_absent, near, some
+from fedclip_secure.data.classes import NAME_ABSENT, check_absent, composed, decomposed, near, some
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.patients import normalised, warn_of_likes
 from fedclip_secure.errors import DataError
@@ -46,17 +46,18 @@ def read_manifest(
         DataError: not such a file; faulty rows, the first ten by line; a class without any row.
     """
     check_absent(absent_classes, classes)
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = {composed(name): number for number, name in enumerate(classes)}
     rows, faults = _rows(path, root, ("path", "label"), ("patient",))
     for row in rows:
         if row.label not in numbers:
             faults.append((row.line, f"label {row.label!r} is no class of the plan{near([row.label], classes)}"))
     _refuse(path, faults)
-    missing = [name for name in classes if name not in {row.label for row in rows} and name not in absent_classes]
+    found = {row.label for row in rows}
+    missing = [name for name in classes if composed(name) not in found and name not in absent_classes]
     if missing:
         raise DataError(f"{path}: no image of class(es) {some(missing)}; add some, or {NAME_ABSENT}")
     warn_of_likes(path, (row.patient for row in rows), normalise)
-    return [ImageFile(Path(row.path), numbers[row.label], _unit(row.patient, normalise)) for row in rows]
+    return [ImageFile(Path(stored_as(row.path)), numbers[row.label], _unit(row.patient, normalise)) for row in rows]
 
 
 def with_patients(
@@ -71,15 +72,22 @@ def with_patients(
     """
     rows, faults = _rows(path, root, ("path", "patient"), ())
     _refuse(path, faults)
-    patients = {row.path: row.patient for row in rows}
-    lost = [str(file.path) for file in files if os.path.normpath(file.path) not in patients]
+    patients = {composed(row.path): row.patient for row in rows}
+    places = [composed(os.path.normpath(file.path)) for file in files]
+    lost = [place for place in places if place not in patients]
     if lost:
         raise DataError(
             f"{path}: names no patient for {len(lost)} image(s), first {lost[0]}; "
             "add a row for each, for a patient's images must not be torn apart"
         )
     warn_of_likes(path, patients.values(), normalise)
-    return [replace(file, unit=_unit(patients[os.path.normpath(file.path)], normalise)) for file in files]
+    units = [_unit(patients[place], normalise) for place in places]
+    return [replace(file, unit=unit) for file, unit in zip(files, units, strict=True)]
+
+
+def stored_as(path: str) -> str:
+    """`path` with its letters encoded as the disk has them; as it is where there is no such file."""
+    return next((form for form in (path, composed(path), decomposed(path)) if os.path.lexists(form)), path)
 
 
 def _unit(patient: str, normalise: Collection[Normalisation]) -> bytes | None:
@@ -98,11 +106,11 @@ def _rows(
         if fault is None:
             named = dict(zip(columns, cells, strict=True))
             where = os.path.normpath(root / named["path"])
-            if where in seen:
-                fault = f"path {named['path']!r} stands in line {seen[where]} already"
+            if composed(where) in seen:
+                fault = f"path {named['path']!r} stands in line {seen[composed(where)]} already"
             else:
-                seen[where] = line
-                rows.append(_Row(line, where, named.get("label", ""), named.get("patient", "")))
+                seen[composed(where)] = line
+                rows.append(_Row(line, where, composed(named.get("label", "")), named.get("patient", "")))
         if fault is not None:
             faults.append((line, fault))
     if not rows and not faults:

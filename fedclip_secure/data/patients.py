@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fedclip_secure.data.classes import composed
 from fedclip_secure.names import Normalisation
 
 _NAMED = 3  # groups of a warning
@@ -33,7 +34,7 @@ def normalised(patient: str, how: Collection[Normalisation]) -> str:
 
 
 def warn_of_likes(path: Path, patients: Iterable[str], how: Collection[Normalisation]) -> None:
-    """Name in the log ids that stay apart under `how` and differ by case or leading zeros alone."""
+    """Name in the log ids that stay apart under `how` and differ by case, zeros or encoded letters alone."""
     groups = likes(patients, how)
     if groups:
         some = "; ".join(" and ".join(map(repr, group)) for group in groups[:_NAMED])
@@ -48,5 +49,5 @@ def likes(patients: Iterable[str], how: Collection[Normalisation]) -> list[Seque
     """Groups of ids, in order, that are different under `how` and the same under all that there is."""
     alike = defaultdict[str, dict[str, str]](dict)
     for patient in sorted(set(patients)):
-        alike[normalised(patient, _STEPS)].setdefault(normalised(patient, how), patient)
+        alike[composed(normalised(patient, _STEPS))].setdefault(normalised(patient, how), patient)
     return [tuple(group.values()) for group in alike.values() if len(group) > 1]

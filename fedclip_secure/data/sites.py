@@ -7,29 +7,36 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedclip_secure.data.classes import composed
+from fedclip_secure.data.walk import subfolders, walk
 from fedclip_secure.errors import ConfigError
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in `folder` that are not hidden, by name.
+    """The folders in `folder` that people made, by name.
 
     Raises:
-        ConfigError: it is no folder.
+        ConfigError: it is no folder. DataError: it cannot be listed.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is not a folder")
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [folder / name for name in subfolders(folder)]
 
 
 def classes_in(sites: Sequence[Path]) -> dict[str, str]:
     """All classes that any of the `sites` has a folder for, and the phrase that stands for each: folder: phrase."""
-    names = {kind.name for site in sites for kind in folders_in(site)}
+    names = {composed(kind.name) for site in sites for kind in folders_in(site)}
     return {name: name.replace("_", " ") for name in sorted(names)}
 
 
 def absent_classes(site: Path, classes: Sequence[str]) -> list[str]:
-    """Those of `classes` of which a site has no images."""
-    return [kind for kind in classes if not any((site / kind).glob("[!.]*"))]
+    """Those of `classes` of which a site has no files.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    folders = {composed(folder.name): folder for folder in folders_in(site)}
+    return [kind for kind in classes if composed(kind) not in folders or not walk(folders[composed(kind)]).files]
 
 
 def silo_name(site: str) -> str:

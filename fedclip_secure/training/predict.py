@@ -16,8 +16,8 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import ExternalModel
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data.dataset import UNLABELLED, ImageFile
-from fedclip_secure.data.folder import visible_files
-from fedclip_secure.data.image import readable_extensions
+from fedclip_secure.data.image import is_image
+from fedclip_secure.data.walk import walk
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.features.broken import Broken
 from fedclip_secure.features.encoder import choose_device
@@ -45,17 +45,16 @@ class Predictions:
 def find_images(paths: Iterable[Path]) -> list[Path]:
     """The files among `paths`, and the images under the folders among them: each once, folders in path order.
 
-    A file that is named is taken as it is; in a folder, at any depth, what can be read by its extension.
+    A file that is named is taken as it is; in a folder, at any depth, what is an image by its extension or is DICOM.
 
     Raises:
-        DataError: there is no such file or folder, or no image at all.
+        DataError: there is no such file or folder, one that cannot be looked at, or no image at all.
     """
-    extensions, found = readable_extensions(), dict[Path, None]()
+    found = dict[Path, None]()
     listed = list(paths)
     for path in listed:
         if path.is_dir():
-            inside = (Path(file) for file in sorted(visible_files(path)))
-            found.update((file, None) for file in inside if file.suffix.lower() in extensions)
+            found.update((Path(file), None) for file in walk(path).files if is_image(file))
         elif path.is_file():
             found[path] = None
         else:

@@ -53,7 +53,7 @@ def test_missing_class_folder_is_named_with_its_remedy(root: Path) -> None:
 
 
 def test_absent_class_that_the_plan_lacks_is_refused(root: Path) -> None:
-    with pytest.raises(DataError, match=r"absent_classes.*Dog -> dog"):
+    with pytest.raises(DataError, match=r"absent_classes.*'Dog' -> 'dog'"):
         read_folder(root, CLASSES, ["Dog"])
 
 
@@ -73,14 +73,14 @@ def test_class_folder_without_images_says_what_it_holds(root: Path) -> None:
 def test_folder_that_is_no_class_is_named_with_near_spelling(root: Path) -> None:
     (root / "dog").rename(root / "Dogs")
     with pytest.raises(
-        DataError, match=r"no class of the plan: Dogs \(Dogs -> dog\?\); the plan's classes are cat, dog"
+        DataError, match=r"no class of the plan: 'Dogs' \('Dogs' -> 'dog'\?\); the plan's classes are 'cat', 'dog'"
     ):
         read_folder(root, CLASSES)
 
 
 def test_stray_file_beside_class_folders_is_named(root: Path) -> None:
     save(root / "stray.png")
-    with pytest.raises(DataError, match=r"1 file\(s\) lie beside the class folders \(stray\.png\)"):
+    with pytest.raises(DataError, match=r"1 file\(s\) lie beside the class folders \('stray\.png'\)"):
         read_folder(root, CLASSES)
 
 
@@ -89,7 +89,7 @@ def test_other_files_in_a_class_folder_are_skipped_with_a_warning(root: Path, ca
     (root / "cat/png").write_text("x")
     with caplog.at_level(logging.WARNING):
         assert len(read_folder(root, CLASSES)) == 3
-    assert "1 x .txt, 1 x no extension" in caplog.text
+    assert "1 x .txt, 1 x without a known extension" in caplog.text
 
 
 def test_linked_folder_is_read_and_a_loop_ends(root: Path) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from fedclip_secure.data.dataset import ImageFile
+from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.errors import DataError
+from tests.data.test_folder import save
 
 CLASSES = ("cat", "dog")
 GOOD = "path,label\na.png,cat\nb/c.png,dog\n"
@@ -59,7 +62,7 @@ def test_every_faulty_row_is_named_with_its_line(tmp_path: Path) -> None:
         read(tmp_path, text)
     assert str(caught.value).splitlines()[1:] == [
         "  line 3: has no path",
-        "  line 4: label 'Dog' is no class of the plan (Dog -> dog?)",
+        "  line 4: label 'Dog' is no class of the plan ('Dog' -> 'dog'?)",
         "  line 5: path './a.png' stands in line 2 already",
         "  line 6: has 2 cell(s), must have 3 (path,label,patient); quote text that holds commas",
         "  line 7: has no patient",
@@ -81,7 +84,7 @@ def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
         ("path;label", "found path;label"),
         ("path", "found path"),
         ("path,label,path", "found path,label,path"),
-        ("path,label,patinet", r"\(patinet -> patient\?\); rename or remove"),
+        ("path,label,patinet", r"\('patinet' -> 'patient'\?\); rename or remove"),
     ],
 )
 def test_header_at_fault_is_told(tmp_path: Path, header: str, match: str) -> None:
@@ -96,10 +99,10 @@ def test_manifest_without_rows_is_told(tmp_path: Path) -> None:
 
 def test_class_without_images_is_told_unless_named_absent(tmp_path: Path) -> None:
     text = "path,label\na.png,cat\n"
-    with pytest.raises(DataError, match=r"no image of class\(es\) dog; add some, or .*absent_classes"):
+    with pytest.raises(DataError, match=r"no image of class\(es\) 'dog'; add some, or .*absent_classes"):
         read(tmp_path, text)
     assert len(read(tmp_path, text, ("dog",))) == 1
-    with pytest.raises(DataError, match=r"absent_classes.*Dog -> dog"):
+    with pytest.raises(DataError, match=r"absent_classes.*'Dog' -> 'dog'"):
         read(tmp_path, text, ("Dog",))
 
 
@@ -137,3 +140,22 @@ def test_image_without_a_patient_is_named(tmp_path: Path) -> None:
 def test_a_path_with_control_characters_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: holds control characters"):
         read(tmp_path, "path,label\na\x00.png,cat\n")
+
+
+def test_letters_that_are_encoded_in_two_ways_are_equal(tmp_path: Path) -> None:
+    name, mac = (unicodedata.normalize(form, "Lungenentzündung") for form in ("NFC", "NFD"))
+    images = tmp_path / "images"
+    save(images / mac / unicodedata.normalize("NFD", "Müller.png"))
+    (tmp_path / "lists").mkdir()
+    listed = tmp_path / "lists/list.csv"
+    listed.write_text(f"path,label,patient\n{name}/Müller.png,{mac},Müller\n{name}/b.png,{name},p\n")
+    first, second = read_manifest(listed, images, [name])
+    assert first.path.exists()
+    assert first.label == second.label == 0
+    patients = tmp_path / "lists/patients.csv"
+    patients.write_text(f"path,patient\n{name}/Müller.png,p\n")
+    (file,) = with_patients(read_folder(images, [name]), patients, images)
+    assert file.unit is not None
+    listed.write_text(f"path,label\n{name}/b.png,{name}\n{mac}/b.png,{name}\n")
+    with pytest.raises(DataError, match=r"line 3: path .* stands in line 2 already"):
+        read_manifest(listed, images, [name])

@@ -1,0 +1,117 @@
+"""The one way in which folders of images are looked at: what is there, what is passed over, and what cannot be seen.
+
+Nothing that cannot be looked at counts as empty, and what systems leave beside people's files counts as no image.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from fedclip_secure.errors import DataError
+
+T = TypeVar("T")
+PATIENCE = (0.5, 2.0, 8.0)  # seconds between tries of what a share may do a moment later
+PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR})
+
+# Folders and files, lower-case, of systems and not of people: thumbnails, snapshots, bins, and what zip adds.
+_HOUSEKEEPING = frozenset({
+    "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot", "$recycle.bin",
+    "system volume information", "recycler", "recycled", "lost+found", "__macosx", "network trash folder",
+    "temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+})  # fmt: skip
+
+
+@dataclass(slots=True)
+class Walk:
+    """What a folder holds at any depth. Texts are paths under it: a Path for each would cost seconds in a million."""
+
+    files: list[str] = field(default_factory=list)  # rising
+    housekeeping: Counter[str] = field(default_factory=Counter)  # name: how often it was passed over
+    dangling: list[str] = field(default_factory=list)  # links to what is not there
+
+
+def is_housekeeping(name: str) -> bool:
+    """Whether a file or folder is a system's own; hidden ones are."""
+    return name.startswith(".") or name.lower() in _HOUSEKEEPING
+
+
+def walk(folder: Path) -> Walk:
+    """Look at every folder below `folder`; links are followed, each folder is looked at once.
+
+    Raises:
+        DataError: a folder cannot be listed, and which.
+    """
+    found, seen = Walk(), set[tuple[int, int]]()
+    waiting = [str(folder)]
+    while waiting:
+        here = waiting.pop()
+        status = looked_at(Path(here).stat, here)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in _entries(here):
+            _take(entry, found, waiting)
+    found.files.sort()
+    return found
+
+
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders right below `folder`, rising, without a system's own.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
+    return [entry.name for entry in _entries(str(folder)) if not is_housekeeping(entry.name) and entry.is_dir()]
+
+
+def looked_at(look: Callable[[], T], path: str | Path) -> T:
+    """What `look` gives; where a share or a disk hiccups, after some tries.
+
+    Raises:
+        DataError: names `path`, the fault, and what to do about it.
+    """
+    for wait in (*PATIENCE, None):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno in PASSING and wait is not None:
+                time.sleep(wait)
+                continue
+            raise DataError(f"'{path}': cannot be looked at ({error.strerror}); {remedy(error)}") from error
+    raise AssertionError  # the last try returns or raises
+
+
+def remedy(error: OSError) -> str:
+    """What a person does about a fault of the disk, and not of the file."""
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return "let the user that runs this program read it, or move it away"
+    if error.errno in PASSING:
+        return "the disk or the share fails; check it, and run again"
+    return "check the path"
+
+
+def _entries(here: str) -> list[os.DirEntry[str]]:
+    def listed() -> list[os.DirEntry[str]]:
+        with os.scandir(here) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+
+    return looked_at(listed, here)
+
+
+def _take(entry: os.DirEntry[str], found: Walk, waiting: list[str]) -> None:
+    if is_housekeeping(entry.name):
+        if not entry.name.startswith("."):
+            found.housekeeping[entry.name] += 1
+    elif looked_at(entry.is_dir, entry.path):
+        waiting.append(entry.path)
+    elif entry.is_symlink() and not Path(entry.path).exists():
+        found.dangling.append(entry.path)
+    else:
+        found.files.append(entry.path)
