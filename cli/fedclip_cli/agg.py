@@ -9,7 +9,7 @@ import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
@@ -34,6 +34,13 @@ from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.status import RunStatus, read_status
 from fedclip_secure.config.fields import parse_duration, parse_name
 from fedclip_secure.errors import ConfigError
+from fedclip_secure.extras import lacking
+
+if TYPE_CHECKING:  # loads torch
+    from collections.abc import Callable
+
+    from fedclip_secure.config.plan import FederationPlan
+    from fedclip_secure.training.prepare import Prepared
 
 _DIR = click.option("--dir", "folder", type=FOLDER, default=".", show_default=True, help="The folder that `init` made.")
 
@@ -75,7 +82,8 @@ def init(folder: Path, name: str, hosts: str, port: int) -> None:
 def prepare(folder: Path) -> None:
     """Resolve the plan's encoder and write federation.lock and initial.safetensors.
 
-    Needs `fedclip-secure[silo]` (torch) and may run on another machine: copy the two files back.
+    Needs the packages of a silo (torch). Where they are missing, it may run on another machine, in a folder that
+    holds federation.yaml and the files that it names: copy the two files back.
     """
     from fedclip_secure.config.lock import Contract, write_lock
     from fedclip_secure.files import write_atomically
@@ -84,8 +92,7 @@ def prepare(folder: Path) -> None:
     home = Home(folder)
     plan = home.plan()
     home.check_not_frozen()
-    from fedclip_secure.training.prepare import prepare as resolve  # takes seconds, and a mistake is told before
-
+    resolve = _resolve_of(folder)  # takes seconds, and a mistake is told before
     prepared = resolve(plan, folder)
     write_atomically(home.initial_path, prepared.initial_file)
     write_lock(home.lock_path, prepared.lock)
@@ -106,6 +113,26 @@ def prepare(folder: Path) -> None:
                 "be absent the run ends; to pay for another try, set it before the freeze"
             )
     out.print(f"contract {contract.pin}", markup=False)
+
+
+def _resolve_of(folder: Path) -> Callable[[FederationPlan, Path], Prepared]:
+    """What resolves a plan.
+
+    Raises:
+        ConfigError: it needs packages that are not here; says how the coordinator can do without them.
+    """
+    try:
+        from fedclip_secure.training.prepare import prepare as resolve
+    except ModuleNotFoundError as error:
+        if (missing := lacking(error)) is None:
+            raise
+        raise ConfigError(
+            f"`prepare` reads the encoder's weights: {missing}. Or leave this machine without them: copy "
+            "federation.yaml, and the files that it names, into a folder DIR of a machine where a silo is installed, "
+            "run `fedclip-agg prepare --dir DIR` there, and copy DIR/federation.lock and DIR/initial.safetensors back "
+            f"into {folder}. Keys stay here: it needs none"
+        ) from error
+    return resolve
 
 
 @main.command(epilog="Example: fedclip-agg invite st-marys --dir lung-xray")
@@ -253,7 +280,7 @@ def export(folder: Path, to: Path | None) -> None:
 def demo(folder: Path | None, as_json: bool, **chosen: Any) -> None:
     """Run a whole federation here: a coordinator and its silos as processes, real certificates, real TLS.
 
-    Needs `fedclip-secure[silo]` (torch).
+    Needs the packages of a silo (torch).
     """
     from fedclip_secure.demo.conduct import Telling, conduct
     from fedclip_secure.demo.scene import Options
@@ -283,7 +310,7 @@ def simulate(file: Path, folder: Path, workers: int | None, as_json: bool) -> No
 
     Training, rounding and averaging are those of a real federation. A cell is one method, one left-out site, one
     privacy block and one seed; cells that are done are kept, so a run that was stopped goes on. Results are
-    table.md, results.csv, silos.csv, rounds.csv and plots as SVG. Needs `fedclip-secure[silo]` (torch).
+    table.md, results.csv, silos.csv, rounds.csv and plots as SVG. Needs the packages of a silo (torch).
 
     \b
     EXPERIMENT.yaml, for example:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import errno
+import io
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import timedelta
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +28,23 @@ from rich.text import Text
 
 from fedclip_secure.config.fields import CONTROL
 from fedclip_secure.errors import FedClipError
+from fedclip_secure.extras import lacking
 from fedclip_secure.features.progress import Progress, ShowProgress
 
+def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What is written in place of signs that an encoding lacks: a word, or else the sign's number (PEP 293)."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", r"^\g<0>", error.object[error.start : error.end]).translate(_WORDS)
+    return signs.encode("ascii", "backslashreplace").decode(), error.end
+
+
+_SPELLING = "fedclip_spelling"
+_WORDS = str.maketrans(
+    {"ε": "epsilon", "δ": "delta", "σ": "sigma", "±": "+/-", "·": "*", "×": "x", "≤": "<=", "≥": ">=", "…": "..."}
+    | dict(zip("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789", strict=True))
+)
+codecs.register_error(_SPELLING, _spelled)
 T = TypeVar("T")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 _WIDEST = 100_000  # characters of a line
@@ -34,15 +53,34 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Command(click.Command):
-    """A command whose expected errors end in one message and their own exit code, without a stack trace."""
+    """A command whose expected errors end in one message and their own exit code, without a stack trace.
+
+    `anywhere`: it runs on systems too that are not POSIX's, for it neither locks files nor keeps keys.
+    """
+
+    def __init__(self, *arguments: Any, anywhere: bool = False, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._anywhere = anywhere
 
     def invoke(self, context: click.Context) -> Any:
         """Run, and turn errors into text."""
+        if not self._anywhere and find_spec("fcntl") is None:
+            _print_error(
+                f"`{context.command_path}` locks files and keeps keys as Linux and macOS do, and does not run on this "
+                "system; on Windows run it in WSL. `fedclip-silo verify` and `--help` run here too"
+            )
+            context.exit(1)
         try:
             return super().invoke(context)
         except FedClipError as error:
             _print_error(str(error))
             context.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            missing = lacking(error)
+            if missing is None:
+                raise
+            _print_error(f"`{context.command_path}`: {missing}")
+            context.exit(1)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EPIPE) and error.filename is None:
                 _print_error(f"standard output cannot be written: {error.strerror}")
@@ -60,6 +98,13 @@ class Group(click.Group):
     """A program: its commands are `Command`s and stand in the order in which they are used."""
 
     command_class = Command
+
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        """Run the program. Signs that the terminal's or file's encoding lacks are spelled out, and end nothing."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=_SPELLING)
+        return super().main(*arguments, **named)
 
     def list_commands(self, context: click.Context) -> list[str]:
         """In the order of definition."""

@@ -6,7 +6,6 @@ Vectors and models are files beside the database: `blobs`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import sqlite3
 from collections.abc import Iterator
@@ -138,6 +137,8 @@ class Store:
         Raises:
             DataError: another server runs on it.
         """
+        import fcntl  # noqa: PLC0415 - not on Windows, where `--help` is to be read too
+
         file = (self._folder / "serve.lock").open("w", encoding="ascii")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""One DICOM frame as an RGB image. Needs pydicom (`fedclip-secure[dicom]`).
+"""One DICOM frame as an RGB image. Needs pydicom, the `dicom` extra.
 
 Of a file's data set only the tags in `_TAGS` are parsed, so nothing about a patient is ever held.
 """
@@ -67,10 +67,8 @@ def _parse(data: bytes, path: Path) -> Dataset:
         from pydicom import dcmread  # noqa: PLC0415 - an extra: most silos have no DICOM
         from pydicom.errors import InvalidDicomError  # noqa: PLC0415
         from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: is DICOM, which needs pydicom; run `pip install 'fedclip-secure[dicom]'`"
-        ) from error
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{path}: is DICOM: {lacking(error) or error}") from error
     try:
         # Files without the preamble are read where they begin as a data set does, with group 0002 or 0008.
         file = dcmread(io.BytesIO(data), specific_tags=list(_TAGS), force=data[:2] in (b"\x02\x00", b"\x08\x00"))

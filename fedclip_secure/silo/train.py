@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.errors import TrustError
+from fedclip_secure.extras import check_installed
 from fedclip_secure.features.progress import ShowProgress
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.terms import Terms
@@ -49,10 +50,11 @@ async def take_part(
     Raises:
         TrustError: the server runs another plan or roster than was accepted; or it halted the run.
         ProtocolError: the server broke a rule of the secure round.
-        ConfigError: there is nothing to give up in round `abandon`.
+        ConfigError: there is nothing to give up in round `abandon`, or packages of a silo are missing.
         DataError, ModelError: this silo's data, weights or disk are at fault.
         PolicyError: with privacy, the budget does not allow it.
     """
+    check_installed("silo")  # before the others see this silo come
     contract, workdir = accepted.contract, Path(config.workdir)
     terms = Terms.of(contract, accepted.roster)
     with ExitStack() as stack:

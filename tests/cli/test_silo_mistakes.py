@@ -311,6 +311,14 @@ def test_roster_with_another_key_for_this_silo_stops_train_before_it_connects(si
     site.refused("the roster holds another key for silo-a than", "train")
 
 
+def test_packages_that_train_lacks_are_told_before_it_connects(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.frozen().silo("accept", "silo-a", "--yes")
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    before = sorted(site.folder.rglob("*"))
+    site.refused(r"the package 'opacus' is not installed here; run `.* -m pip install .*\"opacus>=", "train")
+    assert sorted(site.folder.rglob("*")) == before
+
+
 def test_server_that_is_down_ends_accept_after_a_few_tries(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedclip_secure.transport import client
 
