@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
+import click
 import pytest
-from fedclip_cli.console import print_table
+from fedclip_cli.console import Group, out, print_table
 from rich.table import Table
 
 LONG = "a class whose name goes on " * 20
@@ -29,3 +33,29 @@ def test_columns_gives_a_pipe_a_width(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("COLUMNS", "60")
     print_table(table())
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_signs_that_a_terminal_lacks_are_spelled_out(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+
+    @click.group(cls=Group)
+    def program() -> None: ...
+
+    @program.command()
+    def show() -> None:
+        print_table(table())
+        out.print("ε ≤ 8 at δ = 10⁻⁵, 81.2 ± 0.4 %", markup=False)
+        out.print("scans/bild-\u6587 \udcff.png")
+
+    program.main(["show"], standalone_mode=False)
+    sys.stdout.flush()
+    said = written.getvalue().decode(encoding)
+    assert "a class whose name" in said
+    assert {
+        "ascii": "epsilon <= 8 at delta = 10^-5, 81.2 +/- 0.4 %\nscans/bild-\\u6587 \\udcff.png",
+        "cp1252": "epsilon <= 8 at delta = 10^-5, 81.2 ± 0.4 %\nscans/bild-\\u6587 \\udcff.png",
+        "utf-8": "ε ≤ 8 at δ = 10⁻⁵, 81.2 ± 0.4 %\nscans/bild-文 \\udcff.png",
+    }[encoding] in said
