@@ -315,6 +315,7 @@ def simulate(file: Path, folder: Path, workers: int | None, as_json: bool) -> No
     \b
     EXPERIMENT.yaml, for example:
       name: pacs
+      model: {name: ViT-B-32-quickgelu, pretrained: openai}
       # DIR/<site>/<class>/*; or {format: demo, seed: 0} or embeddings
       data: {format: folder, path: "${PACS:-pacs}"}
       # or {by: dirichlet, alpha: 0.1, silos: 8}; shots: 16
@@ -338,7 +339,7 @@ def simulate(file: Path, folder: Path, workers: int | None, as_json: bool) -> No
 
     try:
         with ending_in_order(), image_progress(quiet=as_json) as images, cell_progress(quiet=as_json) as show:
-            telling = Telling(images, show.begin, show.done)
+            telling = Telling(show.say, images, show.begin, show.done)
             results = run_cells(file, folder, workers or os.cpu_count() or 1, telling)
     except KeyboardInterrupt:
         click.echo(f"stopped; finished cells are kept in {folder}, and the same command goes on from there", err=True)

@@ -31,6 +31,7 @@ from fedclip_secure.errors import FedClipError
 from fedclip_secure.extras import lacking
 from fedclip_secure.features.progress import Progress, ShowProgress
 
+
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
     """What is written in place of signs that an encoding lacks: a word, or else the sign's number (PEP 293)."""
     if not isinstance(error, UnicodeEncodeError):

@@ -115,7 +115,9 @@ def report(path: Path, folder: Path | None) -> None:
     out.print(f"anybody can check it offline: fedclip-silo verify {signed}", markup=False)
 
 
-@click.command(cls=Command, anywhere=True, epilog="Example: fedclip-silo verify report.json --plan sha256:... --roster sha256:...")
+@click.command(
+    cls=Command, anywhere=True, epilog="Example: fedclip-silo verify report.json --plan sha256:... --roster sha256:..."
+)
 @click.argument("file", type=FILE)
 @click.option("--plan", callback=_pin, help="The plan's pin that you know from elsewhere.")
 @click.option("--roster", callback=_pin, help="The roster's pin that you know from elsewhere.")

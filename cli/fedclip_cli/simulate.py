@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these load torch
 class Show:
     """What is called as cells get done."""
 
+    say: Callable[[str], None]
     begin: Callable[[int, int], None]
     done: Callable[[Row], None]
 
@@ -28,7 +29,7 @@ class Show:
 def cell_progress(*, quiet: bool) -> Iterator[Show]:
     """A line for each cell, and on a terminal a bar below them; `quiet`: nothing."""
     if quiet:
-        yield Show(lambda *_: None, lambda _: None)
+        yield Show(lambda _: None, lambda *_: None, lambda _: None)
         return
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
@@ -42,7 +43,7 @@ def cell_progress(*, quiet: bool) -> Iterator[Show]:
             progress.advance(task)
             say(f"{_named(row)}: {_result(row)}")
 
-        yield Show(begin, done)
+        yield Show(say, begin, done)
 
 
 def _named(row: Row) -> str:
@@ -63,8 +64,10 @@ def _result(row: Row) -> str:
 
 def print_simulation(results: Results, files: list[Path]) -> None:
     """The table as in table.md, what did not run, and where everything lies."""
+    from fedclip_secure.simulate.experiment import encoder_of
     from fedclip_secure.simulate.tables import NOT_COVERED, failures, table
 
+    out.print(f"encoder: {encoder_of(results.experiment)}", markup=False)
     for line in table(results):
         out.print(line, markup=False)
     if any(row.cell.privacy for row in results.rows):
@@ -81,6 +84,7 @@ def simulation_json(results: Results, files: list[Path]) -> dict[str, Any]:
     rows = [summary(row) for row in results.rows]
     return {
         "name": results.experiment.name,
+        "encoder": results.experiment.model.model_dump(mode="json"),
         "cells": len(rows),
         "failed": sum(row["status"] == "failed" for row in rows),
         "rows": rows,

@@ -30,6 +30,7 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 # Plain values, which a method's own fields check later: this layer does not know the methods.
 _Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
 SHIPPED = "fedclip-tiny"  # a small CLIP of our own, whose weights the package brings along: needs no download
+KNOWS = "knows drawn micrographs and nothing else"  # that small CLIP: of other images it makes next to nothing
 _Plain = bool | _Whole | Number | Text
 Option = _Plain | list[_Plain] | dict[Text, _Plain | list[_Plain]]
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fedclip_secure.data.window import to_grey
 from fedclip_secure.errors import ConfigError, DataError
+from fedclip_secure.extras import lacking
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -14,7 +14,7 @@ from typing import Any
 from fedclip_secure.aggregator.home import Home, freeze, init_home, invite
 from fedclip_secure.aggregator.status import RunStatus, read_status
 from fedclip_secure.config.lock import Contract, write_lock
-from fedclip_secure.config.plan import Training
+from fedclip_secure.config.plan import SHIPPED, Training
 from fedclip_secure.config.silo import FolderData, Policy, SiloConfig, write_config
 from fedclip_secure.demo.crew import Crew, free_port, log_of, without_proxies
 from fedclip_secure.demo.measure import Accuracies, measure
@@ -26,6 +26,7 @@ from fedclip_secure.demo.scene import (
     Scene,
     Site,
     check_options,
+    encoder_of,
     plain_training,
     set_scene,
     write_plan,
@@ -74,6 +75,7 @@ class Outcome:
             "silos": [site.name for site in self.scene.training],
             "rounds_completed": len([row for row in finished if row["round"] <= self.status.rounds]),
             "model_digest": finished[-1]["model"],
+            "encoder": SHIPPED,
             "transport": "TLS 1.3 with client certificates",
             "masked": True,
             "dropped": self.dropped,
@@ -99,6 +101,7 @@ def conduct(options: Options, telling: Telling) -> Outcome:
     check_options(options)
     _claim(options.out)
     telling.say("drawing the labs" if options.data is None else f"looking at {options.data}")
+    telling.say(f"encoder: {encoder_of(options)}")
     scene = set_scene(options)
     home, contract, port = _coordinate(options, scene)
     threads = max(1, (os.cpu_count() or 1) // len(scene.training))

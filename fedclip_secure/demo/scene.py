@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from fedclip_secure.config.plan import KNOWS, SHIPPED
 from fedclip_secure.data import synthetic
 from fedclip_secure.data.sites import absent_classes, classes_in, folders_in, silo_name
 from fedclip_secure.demo.settings import Private, method_block, settings_of
@@ -64,6 +65,16 @@ class Scene:
     def absent(self, site: Site) -> list[str]:
         """Classes of which a site has no images."""
         return absent_classes(site.images, list(self.classes))
+
+
+def encoder_of(options: Options) -> str:
+    """What encodes the sites' images, for whoever reads the figures."""
+    if options.data is None:
+        return SHIPPED
+    return (
+        f"{SHIPPED}, which {KNOWS}: accuracies on images of your own are near chance, and show that the rounds work; "
+        "a federation of your own names a real encoder (`model` in federation.yaml)"
+    )
 
 
 def rounds_of(options: Options) -> int:
@@ -136,7 +147,7 @@ def write_plan(path: Path, scene: Scene, options: Options, server: str) -> None:
         "its adapter is for nothing else",
         "contact": "whoever ran `fedclip-agg demo` on this machine",
         "retention": "everything stays in the demonstration's folder, which may be deleted at any time",
-        "model": {"name": "fedclip-tiny", "pretrained": "shipped"},
+        "model": {"name": SHIPPED, "pretrained": "shipped"},
         "classes": scene.classes,
         "templates": [scene.template],
         "splits": {"train": 0.6, "validation": 0.2, "test": 0.2},

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from fedclip_secure.config.fields import Name, Number, Strict, Text, read_model
 from fedclip_secure.config.plan import (
+    KNOWS,
+    SHIPPED,
     ExternalModel,
     MethodPlan,
     Model,
@@ -30,6 +32,15 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Baseline = Literal["zero_shot", "local_only", "centralised"]
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _LONGEST_NAME = 50  # characters: `-<seed>` follows it in the name of a federation
+_NAME_ENCODER = (
+    "name the encoder of your images, as `model: {name: ViT-B-32-quickgelu, pretrained: openai}`, where `pretrained` "
+    f"may be a checkpoint beside this file; {SHIPPED}, which is installed, {KNOWS}: to try the program with it set "
+    f"`model: {{name: {SHIPPED}, pretrained: shipped}}`"
+)
+_NAME_FEATURES = (
+    "for features that another model made set `model: {name: external, dim: 512, text_features: FILE}`, else name that "
+    "encoder"
+)
 
 
 def _expanded(value: object) -> object:
@@ -153,7 +164,7 @@ class Experiment(Strict):
     """The whole file. Paths in it count from its own folder."""
 
     name: Annotated[Name, Field(max_length=_LONGEST_NAME)]
-    model: Model = OpenClipModel(name="fedclip-tiny", pretrained="shipped")
+    model: Model = OpenClipModel(name=SHIPPED, pretrained="shipped")  # left out with drawn labs alone
     classes: dict[str, Text] | None = None  # folder: phrase; None: as the data's folders are called
     templates: list[Text] | None = Field(default=None, min_length=1, max_length=1000)
     data: Annotated[DemoSites | FolderSites | EmbeddingSites, Field(discriminator="format")]
@@ -191,6 +202,9 @@ class Experiment(Strict):
 def _contradictions(experiment: Experiment) -> Sequence[str]:
     """What no field shows by itself."""
     faults, embeddings = [], isinstance(experiment.data, EmbeddingSites)
+    if "model" not in experiment.model_fields_set and not isinstance(experiment.data, DemoSites):
+        # Figures of an encoder that nobody chose would be taken for those of the methods.
+        faults.append(f"model is missing; {_NAME_FEATURES if embeddings else _NAME_ENCODER}")
     if isinstance(experiment.model, ExternalModel) and not embeddings:
         faults.append("data.format must be `embeddings`: the model is external, and no encoder for images runs here")
     if isinstance(experiment.model, TimmModel) and "zero_shot" in experiment.baselines:
@@ -205,6 +219,15 @@ def _contradictions(experiment: Experiment) -> Sequence[str]:
     if experiment.splits.test == 0:
         faults.append("splits.test must be above 0: accuracy is measured on it")
     return faults
+
+
+def encoder_of(experiment: Experiment) -> str:
+    """What made the features, for whoever reads the figures."""
+    model = experiment.model
+    if isinstance(model, ExternalModel):
+        return f"none here: {model.dim} features from files"
+    strange = model.name == SHIPPED and not isinstance(experiment.data, DemoSites)
+    return f"{model.name} ({model.pretrained})" + (f", which {KNOWS}: figures are near chance" if strange else "")
 
 
 def _filled(given: Sequence[Settings]) -> Settings:

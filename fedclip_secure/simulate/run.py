@@ -15,7 +15,7 @@ from fedclip_secure.features.progress import ShowProgress
 from fedclip_secure.features.stage import FEATURES
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.simulate.cells import Cell, cells_of, digest_of, label_of
-from fedclip_secure.simulate.experiment import Experiment, read_experiment
+from fedclip_secure.simulate.experiment import Experiment, encoder_of, read_experiment
 from fedclip_secure.simulate.sources import find_sources
 from fedclip_secure.simulate.store import load, path_of
 from fedclip_secure.simulate.workshop import BESIDE, Answer, Setting, open_workshop, run_cell
@@ -35,6 +35,7 @@ class Row:
 class Telling:
     """Whom a simulation tells what it does."""
 
+    say: Callable[[str], None]
     extracting: ShowProgress
     begin: Callable[[int, int], None]  # how many cells there are, and how many were done before
     done: Callable[[Row], None]
@@ -57,6 +58,7 @@ def simulate(path: Path, out: Path, workers: int, telling: Telling) -> Results:
     """
     experiment = read_experiment(path)
     _claim(out)
+    telling.say(f"encoder: {encoder_of(experiment)}")
     setting = Setting(experiment, find_sources(experiment, path.resolve().parent, out))
     cells = cells_of(experiment, list(setting.sources.sites))
     data = _extract(setting, telling.extracting)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.files import write_atomically
+from fedclip_secure.simulate.experiment import encoder_of
 from fedclip_secure.simulate.figures import Figures
 from fedclip_secure.simulate.run import Results, Row
 
@@ -206,6 +207,7 @@ def _caption(results: Results) -> str:
         "A site's column is its accuracy where it was left out and never trained. " if left_out_sites(results) else ""
     )
     return (
+        f"Encoder: {encoder_of(results.experiment)}. "
         f"Accuracy in percent, {spread}. {away}`silos` are the test splits of the silos that trained, over all "
         "records together and as the mean over silos. Seconds are the slowest silo's, on this machine."
     )

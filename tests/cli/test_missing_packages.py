@@ -26,7 +26,7 @@ sys.modules |= dict.fromkeys(sys.argv[1].split(","))
 from importlib import import_module
 import_module(sys.argv[2]).main(sys.argv[3:], prog_name=sys.argv[2].replace("fedclip_cli.", "fedclip-"))
 """
-# As on Windows: other people's packages are loaded as they are here, and find there what they need; ours is loaded anew.
+# As on Windows: other people's packages are loaded as here, for there they find what they need; ours is loaded anew.
 _ELSEWHERE = """
 import os, signal, sys
 from importlib import import_module
@@ -45,6 +45,7 @@ def run(code: str, hidden: list[str], program: str, *arguments: str, folder: Pat
     """Exit code and output of a program in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", code, ",".join(hidden), f"fedclip_cli.{program}", *arguments],
+        check=False,
         capture_output=True,
         text=True,
         cwd=folder,

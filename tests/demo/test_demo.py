@@ -40,6 +40,7 @@ def test_the_demo_ends_with_one_object_that_says_all(tmp_path: Path, monkeypatch
     printed = run(BIN / "fedclip-agg", "demo", "--rounds", "2", "--out", "out", "--json", cwd=tmp_path)
     found = json.loads(printed.splitlines()[-1])
     assert (found["federation"], found["rounds_completed"], found["masked"]) == ("demo", 2, True)
+    assert found["encoder"] == "fedclip-tiny"
     assert found["silos"] == ["birch", "cedar", "maple", "oak"]
     assert (found["unseen"], found["dropped"], found["epsilon"], found["reports"]) == ("willow", [], None, [])
     labs = {*found["silos"], "willow"}

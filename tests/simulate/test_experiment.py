@@ -4,17 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.simulate.cells import cells_of, digest_of, label_of, plan_of
-from fedclip_secure.simulate.experiment import EmbeddingSites, FolderSites, read_experiment
-from tests.simulate.worlds import CLASSES, SITES, write_experiment
+from fedclip_secure.simulate.experiment import EmbeddingSites, FolderSites, encoder_of, read_experiment
+from tests.simulate.worlds import CLASSES, SITES, experiment, write_experiment
 
 PRIVACY = {
     "unit": "record", "sample_rate": 0.5, "steps_per_round": 2, "noise_multiplier": 1.0, "max_grad_norm": 1.0,
     "update_divisor": 20.0, "delta": 1e-5,
 }  # fmt: skip
 FEDCLIP = {"method": {"name": "fedclip"}}
+PACS = {"format": "folder", "path": "pacs"}
 VIT = {"name": "timm/test_vit", "pretrained": "vit.safetensors"}
 
 
@@ -59,6 +61,42 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str,
     with pytest.raises(ConfigError) as refused:
         read_experiment(write_experiment(tmp_path, **changes))
     assert fault in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (PACS, "model: {name: ViT-B-32-quickgelu, pretrained: openai}`, where `pretrained` may be a checkpoint"),
+        (PACS, "to try the program with it set `model: {name: fedclip-tiny, pretrained: shipped}`"),
+        (experiment()["data"], "model is missing; for features that another model made set `model: {name: external"),
+    ],
+    ids=["real", "tiny", "features"],
+)
+def test_sites_of_ones_own_need_an_encoder_that_somebody_chose(tmp_path: Path, data: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_experiment(without_model(tmp_path, data))
+    assert said in str(refused.value)
+
+
+def test_the_encoder_is_named_with_what_it_does_not_know(tmp_path: Path) -> None:
+    assert encoder_of(read_experiment(without_model(tmp_path, {"format": "demo"}))) == "fedclip-tiny (shipped)"
+    tiny, real = (
+        {"name": "fedclip-tiny", "pretrained": "shipped"},
+        {"name": "ViT-B-32-quickgelu", "pretrained": "openai"},
+    )
+    for model, said in (
+        (tiny, "fedclip-tiny (shipped), which knows drawn micrographs and nothing else: figures are near chance"),
+        (real, "ViT-B-32-quickgelu (openai)"),
+    ):
+        assert encoder_of(read_experiment(write_experiment(tmp_path, model=model, data=PACS))) == said
+    assert encoder_of(read_experiment(write_experiment(tmp_path))) == "none here: 16 features from files"
+
+
+def without_model(folder: Path, data: dict[str, Any]) -> Path:
+    """An experiment on `data` that names no encoder."""
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in experiment(data=data).items() if key != "model"}))
+    return path
 
 
 def test_paths_count_from_the_file_and_take_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def _one_thread() -> Iterator[None]:
 def run(path: Path, out: Path) -> tuple[Results, list[Row]]:
     """All rows, and those that were not done before."""
     fresh: list[Row] = []
-    results = simulate(path, out, 1, Telling(lambda _: None, lambda *_: None, fresh.append))
+    results = simulate(path, out, 1, Telling(lambda _: None, lambda _: None, lambda *_: None, fresh.append))
     return results, fresh
 
 
@@ -220,6 +220,7 @@ def test_tables_and_plots_hold_every_cell(finished: tuple[Path, Path, Results]) 
     found = [100 * (one.last.away or 0) for one in shares if one is not None]
     assert f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}" in table
     assert "are not covered by it" in table
+    assert "\nEncoder: none here: 16 features from files. Accuracy in percent" in table
     assert "ε of one run" in (out / "epsilon.svg").read_text()
 
 
@@ -230,6 +231,7 @@ def test_the_command_line_ends_with_one_object_and_fails_where_no_cell_ran(tmp_p
     done = CliRunner().invoke(main, ["simulate", str(path), "--out", str(tmp_path / "out"), "--json"])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert (found["name"], found["cells"], found["failed"]) == ("small", 1, 1)
+    assert found["encoder"] == {"name": "external", "dim": 16, "text_features": "text.safetensors"}
     assert "lie beyond coordinate_clip" in found["rows"][0]["reason"]
     assert (tmp_path / "out" / "table.md").is_file()
     assert done.exit_code == 1
