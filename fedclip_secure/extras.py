@@ -42,15 +42,15 @@ def lacking(error: ImportError) -> str | None:
     return _remedy(module) if isinstance(error, ModuleNotFoundError) and module in _EXTRAS else None
 
 
-def check_installed(extra: str) -> None:
+def check_installed(extra: str, what: str) -> None:
     """Look for the packages of `extra` before anything is begun that would need them; imports none.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: `what` needs one that is missing.
     """
     for module, of in _EXTRAS.items():
         if of == extra and find_spec(module) is None:
-            raise ConfigError(_remedy(module))
+            raise ConfigError(f"{what}: {_remedy(module)}")
 
 
 def _remedy(module: str) -> str:

@@ -320,6 +320,7 @@ OPEN_CLIP = {
     "pretrained": TEXT,
     "config": Maybe(TEXT),
     "image_window": Maybe(lambda v: isinstance(v, list) and [type(i) for i in v] == [int, int] and v[0] < v[1]),
+    "tokenizer": Absent(TEXT),
 }
 TIMM = {
     "name": lambda v: type(v) is str and re.fullmatch("timm/[a-z0-9_]+", v) is not None and len(v) <= 500,
@@ -340,6 +341,7 @@ ENCODERS = {
         "name": TEXT,
         "config": lambda v: isinstance(v, str),
         "weights_sha256": HEX32,
+        "tokens_sha256": Absent(HEX32),
         "preprocessing": PREPROCESSING,
         "dim": whole(2),
         "logit_scale": POSITIVE,

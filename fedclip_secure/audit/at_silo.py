@@ -54,4 +54,5 @@ def _encoder_at_hand(contract: Contract, silo: SiloConfig) -> Encoder | None:
     shipped = isinstance(lock, OpenClipEncoder) and lock.name == SHIPPED
     weights = None if silo.weights is None else Path(silo.weights)
     small = weights is not None and weights.is_file() and weights.stat().st_size <= _LARGEST_FILE
-    return load_encoder(lock, model, weights, silo.device) if shipped or small else None
+    tokenizer = None if silo.tokenizer is None else Path(silo.tokenizer)
+    return load_encoder(lock, model, weights, silo.device, tokenizer=tokenizer) if shipped or small else None

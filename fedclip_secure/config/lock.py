@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedclip_secure import canonical
-from fedclip_secure.config.fields import LEAST_NOISE, MOST_NOISE, Number, Sha256, Strict, Text, check
+from fedclip_secure.config.fields import LATER, LEAST_NOISE, MOST_NOISE, Number, Sha256, Strict, Text, check
 from fedclip_secure.config.plan import FederationPlan, TimmName
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.files import write_atomically
@@ -33,6 +33,8 @@ class OpenClipEncoder(Strict):
     name: Text
     config: str  # open_clip's model config as canonical JSON
     weights_sha256: Sha256  # of the checkpoint file
+    # Of the tokens of the plan's prompts and of fixed texts (features/tokens.py); version 0.1 pinned none.
+    tokens_sha256: Annotated[Sha256 | None, LATER] = None
     preprocessing: Preprocessing
     dim: int = Field(ge=2)
     logit_scale: Number = Field(gt=0)  # CLIP's learned temperature, after exp

@@ -70,6 +70,8 @@ class OpenClipModel(Strict):
     pretrained: Text
     config: Text | None = None  # open_clip model config (JSON) beside federation.yaml, where `name` is not built in
     image_window: Window | None = None  # [low, high] of 16-bit images, mapped to 0..255
+    # A folder beside federation.yaml with the files of a Hugging Face tokenizer; None: as the model's config says.
+    tokenizer: Annotated[Text | None, LATER] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -328,6 +330,10 @@ class FederationPlan(Strict):
     def text_prompts(self) -> list[list[str]]:
         """Every template filled with every class phrase: one list of prompts for each class, in order."""
         return [[template.replace("{}", phrase) for template in self.templates] for phrase in self.classes.values()]
+
+    def texts(self) -> list[str]:
+        """What the tokenizer is pinned on: the classes' phrases, and all prompts."""
+        return [*self.classes.values(), *(prompt for prompts in self.text_prompts() for prompt in prompts)]
 
 
 def _unfit_without(plan: FederationPlan) -> list[str]:

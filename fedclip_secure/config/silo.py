@@ -102,6 +102,7 @@ class SiloConfig(Strict):
     ledger: Text = "ledger"  # folder of what privacy was spent: one for all identities of an organisation
     units_at_least: int | None = Field(default=None, ge=1)  # a coarse bound that the report may tell
     weights: Text | None = None  # a local copy of the encoder's checkpoint
+    tokenizer: Text | None = None  # a local copy of the folder of its tokenizer, where that is one of Hugging Face
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Precision = "fp32"
     plan: Pin | None = None  # pinned by `fedclip-silo accept`
@@ -134,6 +135,7 @@ def read_silo(path: Path) -> SiloConfig:
         "workdir": _absolute(home, config.workdir),
         "ledger": _absolute(home, config.ledger),
         "weights": None if config.weights is None else _absolute(home, config.weights),
+        "tokenizer": None if config.tokenizer is None else _absolute(home, config.tokenizer),
     }
     return config.model_copy(update=paths)
 

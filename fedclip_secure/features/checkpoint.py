@@ -16,10 +16,13 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedclip_secure.errors import ModelError
+from fedclip_secure.extras import check_installed
+from fedclip_secure.features.download import cached, check_answers, first_line, from_hub
 
 _registering = threading.Lock()  # open_clip reads every config file it was ever given, each time it is given one
 _OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})  # entries only OpenAI's own files have
@@ -62,18 +65,15 @@ def pinned(weights: Path | None, fetch: Callable[[], Path] | None, pretrained: s
 
 
 def download(name: str, tag: str) -> Path:
-    """Fetch the weights that open_clip knows as `name` and `tag`, or find them in its own cache.
+    """Fetch the weights that open_clip knows as `name` and `tag`, or find them in the cache of this machine.
 
     Raises:
         ModelError: the download fails.
     """
-    try:
-        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
-    except Exception as error:  # the hub's client raises its own, requests' and the system's errors
-        raise ModelError(
-            f"the weights {tag!r} of {name} cannot be downloaded ({first_line(error)}); fetch the file on a machine "
-            "with internet, copy it here and name it (`model.pretrained` in federation.yaml, `weights` in silo.yaml)"
-        ) from error
+    repository, _, file = open_clip.get_pretrained_cfg(name, tag)["hf_hub"].rpartition("/")
+    file = file or HF_WEIGHTS_NAME
+    safe = HF_SAFE_WEIGHTS_NAME if file == HF_WEIGHTS_NAME else f"{file.rpartition('.')[0]}.safetensors"
+    return from_hub(repository, list(dict.fromkeys([safe, file])), f"the weights {tag!r} of {name}")
 
 
 def load_model(config: dict[str, Any], weights: Path, source: str) -> torch.nn.Module:
@@ -83,6 +83,7 @@ def load_model(config: dict[str, Any], weights: Path, source: str) -> torch.nn.M
         ModelError: `source` names the config in errors; the config cannot be built, or the file is no
             checkpoint, another model's checkpoint, or carries code.
     """
+    _check_text_tower(config, source)
     name = register(config)
     with _loadable(weights) as file:
         try:
@@ -95,9 +96,14 @@ def load_model(config: dict[str, Any], weights: Path, source: str) -> torch.nn.M
             raise ModelError(f"{weights}: cannot be read as a checkpoint ({first_line(error)})") from error
 
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, in one line of at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _check_text_tower(config: dict[str, Any], source: str) -> None:
+    """Of a text tower that transformers builds: is it installed, and its config here or to be had?"""
+    repository = config["text_cfg"].get("hf_model_name")
+    if repository and not Path(repository).is_dir():
+        check_installed("transformers", f"the text tower of {source}")
+        if cached(repository, "config.json") is None:
+            what = f"the config of the text tower of {source}"
+            check_answers(repository, "config.json", what, "choose another model")
 
 
 def register(config: dict[str, Any]) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
-import torch
 from torch import nn
 
 from fedclip_secure.config.fields import check
@@ -22,10 +19,8 @@ from fedclip_secure.features.checkpoint import (
     check_file,
     check_tag,
     download,
-    first_line,
     load_model,
     pinned,
-    register,
     sha256_of,
 )
 
@@ -93,31 +88,6 @@ def load_clip(lock: OpenClipEncoder, model: OpenClipModel, weights: Path | None)
     if not tagged:
         check_file(lock.name, config, path, lock.weights_sha256)
     return load_model(config, path, lock.name)
-
-
-def tokenizer_of(lock: OpenClipEncoder) -> Callable[[list[str]], torch.Tensor]:
-    """Texts to tokens (P, L) int64.
-
-    Raises:
-        ModelError: it needs a package or a download that is not there.
-    """
-    try:
-        return _tokenizer(lock.config)
-    except ImportError as error:
-        raise ModelError(
-            f"the tokenizer of {lock.name} needs a package ({error}); run `pip install transformers`"
-        ) from error
-    except Exception as error:  # the hub's client raises its own, requests' and the system's errors
-        raise ModelError(
-            f"the tokenizer of {lock.name} cannot be loaded ({first_line(error)}); "
-            "allow the download once, or copy the Hugging Face cache from a machine with internet"
-        ) from error
-
-
-@cache
-def _tokenizer(config: str) -> Callable[[list[str]], torch.Tensor]:
-    """Kept: a simulation asks for the same one for each of its cells, and it takes a while to make."""
-    return open_clip.get_tokenizer(register(json.loads(config)))  # type: ignore[no-any-return]
 
 
 def _located(model: OpenClipModel, home: Path) -> tuple[OpenClipModel, Path]:

@@ -21,9 +21,10 @@ from fedclip_secure.config.lock import ImageEncoder, OpenClipEncoder, TimmEncode
 from fedclip_secure.config.plan import ImageModel, OpenClipModel, TimmModel
 from fedclip_secure.config.silo import Precision
 from fedclip_secure.errors import ConfigError, ModelError
-from fedclip_secure.features.checkpoint import first_line
-from fedclip_secure.features.clip import load_clip, settle_clip, tokenizer_of
+from fedclip_secure.features.clip import load_clip, settle_clip
+from fedclip_secure.features.download import first_line
 from fedclip_secure.features.stage import FEATURES, Stage
+from fedclip_secure.features.tokens import Tokenizer, check_tokens, tokenizer_of, tokens_sha256
 from fedclip_secure.features.towers import TextTower, VisualTower
 from fedclip_secure.features.vision_only import load_vision_only, settle_vision_only
 
@@ -44,6 +45,7 @@ class Encoder:
         digest: 32 bytes over all that decides a feature: weights, network, preprocessing, window and `precision`.
 
     `precision` is the image tower's. The text tower stays in fp32: it runs once, and so all silos have one task.
+    `tokenizer` is a local folder of the text tower's tokenizer.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class Encoder:
         window: tuple[int, int] | None,
         device: torch.device,
         precision: Precision = "fp32",
+        *,
+        tokenizer: Path | None = None,
     ) -> None:
         self.lock = lock
+        self._tokenizer_folder = tokenizer
         self.window = window
         self.device = device
         self._dtype = _DTYPES[precision]
@@ -133,6 +138,30 @@ class Encoder:
             ModelError: no text is read, or the tokenizer needs a package or a download that is not there.
         """
         return self._tokenizer(list(prompts)).to(self.device)
+
+    def tokens_sha256(self, texts: Sequence[str]) -> str | None:
+        """What the lock pins of the tokenizer, for a plan with these phrases and prompts; None where no text is read.
+
+        Raises:
+            ModelError: as `tokens`.
+        """
+        return tokens_sha256(self._tokenizer, texts) if isinstance(self.lock, OpenClipEncoder) else None
+
+    def check_tokens(self, texts: Sequence[str]) -> None:
+        """Refuse a tokenizer that is not the lock's, for a plan with these phrases and prompts.
+
+        Raises:
+            ModelError: it makes other tokens; or as `tokens`.
+        """
+        if not isinstance(self.lock, OpenClipEncoder):
+            return
+        if self.lock.tokens_sha256 is not None:
+            check_tokens(self.lock, self._tokenizer, texts)
+        elif "hf_tokenizer_name" in self.lock.config:
+            _log.warning(
+                "federation.lock: was made by version 0.1 and does not pin the tokenizer; if it is not the "
+                "coordinator's, text features are other ones without any error: compare the folders"
+            )
 
     def words(self, text: str) -> list[int]:
         """The tokens of `text` itself, without those of start, end and padding; the tokenizer has all three.
@@ -220,10 +249,10 @@ class Encoder:
             ) from error
 
     @cached_property
-    def _tokenizer(self) -> Callable[[list[str]], torch.Tensor]:
+    def _tokenizer(self) -> Tokenizer:
         if isinstance(self.lock, TimmEncoder):
             raise ModelError(f"{self.lock.name} reads no text; choose a method that learns a head, or another `model`")
-        return tokenizer_of(self.lock)
+        return tokenizer_of(self.lock, self._tokenizer_folder)
 
 
 def resolve(model: ImageModel, home: Path) -> tuple[Encoder, Path]:
@@ -237,30 +266,44 @@ def resolve(model: ImageModel, home: Path) -> tuple[Encoder, Path]:
     settled: tuple[nn.Module, ImageEncoder, Path]
     settled = settle_vision_only(model, home) if isinstance(model, TimmModel) else settle_clip(model, home)
     network, lock, weights = settled
-    return Encoder(network, lock, model.image_window, torch.device("cpu")), weights
+    own = home / model.tokenizer if isinstance(model, OpenClipModel) and model.tokenizer is not None else None
+    return Encoder(network, lock, model.image_window, torch.device("cpu"), tokenizer=own), weights
 
 
 def load_encoder(
-    lock: ImageEncoder, model: ImageModel, weights: Path | None, device: str, precision: Precision = "fp32"
+    lock: ImageEncoder,
+    model: ImageModel,
+    weights: Path | None,
+    device: str,
+    precision: Precision = "fp32",
+    *,
+    tokenizer: Path | None = None,
 ) -> Encoder:
     """Load the encoder that `lock` fixes, on `device` (auto, cpu, cuda, mps), its image tower in `precision`.
 
     `model` is the plan's; `weights` a local checkpoint, without which the plan's tag is downloaded. The
-    file is parsed only once its SHA-256 is the lock's.
+    file is parsed only once its SHA-256 is the lock's. `tokenizer` is a local folder of it, without which the one that
+    the lock's config names is downloaded.
 
     Raises:
         ConfigError: the device is not there, or does not compute in this precision; or lock and model are of two kinds.
-        ModelError: no weights, other weights than the coordinator's, or weights that do not fit.
+        ModelError: no weights, other weights than the coordinator's, or weights that do not fit; or the tokenizer is
+            the coordinator's own folder, and there is no copy of it.
     """
     target = choose_device(device)
     _check_precision(target, precision)
     if isinstance(lock, OpenClipEncoder) and isinstance(model, OpenClipModel):
+        if model.tokenizer is not None and tokenizer is None:
+            raise ModelError(
+                f"the plan's tokenizer is the coordinator's own folder {model.tokenizer!r}, which cannot be "
+                "downloaded; copy it from the coordinator and set `tokenizer: PATH` in silo.yaml"
+            )
         network = load_clip(lock, model, weights)
     elif isinstance(lock, TimmEncoder) and isinstance(model, TimmModel):
         network = load_vision_only(lock, model, weights)
     else:
         raise ConfigError("federation.lock: its encoder is not the plan's; ask the coordinator to run `prepare` again")
-    return Encoder(network, lock, model.image_window, target, precision)
+    return Encoder(network, lock, model.image_window, target, precision, tokenizer=tokenizer)
 
 
 def choose_device(device: str) -> torch.device:

@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
@@ -25,7 +24,8 @@ from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import TimmEncoder
 from fedclip_secure.config.plan import TimmModel
 from fedclip_secure.errors import ModelError
-from fedclip_secure.features.checkpoint import first_line, mismatch, pinned, sha256_of
+from fedclip_secure.features.checkpoint import mismatch, pinned, sha256_of
+from fedclip_secure.features.download import first_line, from_hub
 
 _FILE = "model.safetensors"  # timm's on the hub
 _CLASSIFIERS = ("head.", "head_dist.")
@@ -122,13 +122,7 @@ def _check_activation(name: str, tag: str, about: dict[str, Any]) -> None:
 
 def _download(model: str, tag: str, about: dict[str, Any]) -> Path:
     """timm's weights from the hub, or from the hub's cache on this machine."""
-    try:
-        return Path(hf_hub_download(about["hf_hub_id"], _FILE))
-    except Exception as error:  # the hub's client raises its own, requests' and the system's errors
-        raise ModelError(
-            f"the weights {tag!r} of {model} cannot be downloaded ({first_line(error)}); fetch {_FILE} on a machine "
-            "with internet, copy it here and name it (`model.pretrained` in federation.yaml, `weights` in silo.yaml)"
-        ) from error
+    return from_hub(about["hf_hub_id"], [_FILE], f"the weights {tag!r} of {model}")
 
 
 def _build(model: str, size: int, **pool: Any) -> VisionTransformer:

@@ -54,7 +54,7 @@ async def take_part(
         DataError, ModelError: this silo's data, weights or disk are at fault.
         PolicyError: with privacy, the budget does not allow it.
     """
-    check_installed("silo")  # before the others see this silo come
+    check_installed("silo", "training")  # before the others see this silo come
     contract, workdir = accepted.contract, Path(config.workdir)
     terms = Terms.of(contract, accepted.roster)
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedclip_secure import canonical
 from fedclip_secure.config.lock import Contract
-from fedclip_secure.config.plan import SHIPPED, ExternalModel, FederationPlan
+from fedclip_secure.config.plan import SHIPPED, ExternalModel, FederationPlan, OpenClipModel
 from fedclip_secure.config.silo import Data, EmbeddingsData, FolderData, SiloConfig
 from fedclip_secure.data import synthetic
 from fedclip_secure.data.dataset import FeatureSet, Task
@@ -124,6 +124,7 @@ def _config(experiment: Experiment, sources: Sources, site: str) -> SiloConfig:
         data=sources.sites[site],
         workdir=str(workdir),
         weights=_weights(experiment, sources.home),
+        tokenizer=_tokenizer(experiment, sources.home),
         device=experiment.device,
     )
 
@@ -135,6 +136,13 @@ def _weights(experiment: Experiment, home: Path) -> str | None:
         return None
     path = home / model.pretrained
     return str(path) if path.is_file() else None
+
+
+def _tokenizer(experiment: Experiment, home: Path) -> str | None:
+    """The folder beside the experiment's file, where the model names one."""
+    model = experiment.model
+    own = isinstance(model, OpenClipModel) and model.tokenizer is not None
+    return str(home / model.tokenizer) if own else None
 
 
 def named_as_silos(features: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:

@@ -74,7 +74,7 @@ def load_with_task(silo: SiloConfig, contract: Contract) -> tuple[Encoder, Task]
     Raises:
         ConfigError: the lock is of another kind than the plan's model, the device is not there, or the method needs
             text, which the encoder does not read.
-        ModelError: the weights are not those of the lock.
+        ModelError: the weights or the tokenizer are not those of the lock.
     """
     lock, model = contract.lock.encoder, contract.plan.model
     if isinstance(lock, ExternalEncoder) or isinstance(model, ExternalModel):
@@ -86,9 +86,11 @@ def load_with_task(silo: SiloConfig, contract: Contract) -> tuple[Encoder, Task]
             "encoder, which all silos must have alike; set `fp32`"
         )
     weights = None if silo.weights is None else Path(silo.weights)
-    encoder = load_encoder(lock, model, weights, silo.device, silo.precision)
+    tokenizer = None if silo.tokenizer is None else Path(silo.tokenizer)
+    encoder = load_encoder(lock, model, weights, silo.device, silo.precision, tokenizer=tokenizer)
     prompts = contract.plan.text_prompts()
     phrases, templates = tuple(contract.plan.classes.values()), tuple(contract.plan.templates)
+    encoder.check_tokens(contract.plan.texts())
     text = encoder.text_features(prompts)
     return encoder, Task(tuple(contract.plan.classes), text, lock.logit_scale, phrases, templates)
 

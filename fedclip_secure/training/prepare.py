@@ -75,9 +75,10 @@ def _resolve(plan: FederationPlan, home: Path) -> tuple[ImageEncoder | ExternalE
     classes = tuple(plan.classes)
     if not isinstance(plan.model, ExternalModel):
         encoder, _ = resolve(plan.model, home)
+        pinned = {"tokens_sha256": encoder.tokens_sha256(plan.texts())} if encoder.lock.kind == "open_clip" else {}
         text, scale = encoder.text_features(plan.text_prompts()), encoder.lock.logit_scale
         task = Task(classes, text, scale, tuple(plan.classes.values()), tuple(plan.templates))
-        return encoder.lock, task, encoder
+        return encoder.lock.model_copy(update=pinned), task, encoder
     path = home / plan.model.text_features
     text_features, scale = read_text_features(path, classes, plan.model.dim)
     lock = ExternalEncoder(dim=plan.model.dim, text_features_sha256=sha256_of(path), logit_scale=scale)

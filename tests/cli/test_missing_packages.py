@@ -75,10 +75,12 @@ def test_only_a_missing_package_of_an_extra_is_called_missing(monkeypatch: pytes
     assert lacking(ModuleNotFoundError("no", name="torch.nn")) is not None
     assert lacking(ModuleNotFoundError("no", name="fedclip_secure.gone")) is None
     assert lacking(ImportError("broken", name="torch")) is None
-    check_installed("silo")
+    check_installed("silo", "training")
     monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(ConfigError, match=r"^the package 'opacus' is not installed here; run `.*opacus>=1\.6"):
-        check_installed("silo")
+    with pytest.raises(
+        ConfigError, match=r"^training: the package 'opacus' is not installed here; run `.*opacus>=1\.6"
+    ):
+        check_installed("silo", "training")
 
 
 def test_prepare_without_torch_says_how_the_lock_is_made_elsewhere_and_so_it_is(tmp_path: Path) -> None:
