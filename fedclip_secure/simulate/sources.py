@@ -140,9 +140,8 @@ def _weights(experiment: Experiment, home: Path) -> str | None:
 
 def _tokenizer(experiment: Experiment, home: Path) -> str | None:
     """The folder beside the experiment's file, where the model names one."""
-    model = experiment.model
-    own = isinstance(model, OpenClipModel) and model.tokenizer is not None
-    return str(home / model.tokenizer) if own else None
+    named = experiment.model.tokenizer if isinstance(experiment.model, OpenClipModel) else None
+    return None if named is None else str(home / named)
 
 
 def named_as_silos(features: Mapping[str, FeatureSet]) -> dict[str, FeatureSet]:
