@@ -104,8 +104,8 @@ def _what_images_need(encoder: OpenClipEncoder, model: OpenClipModel) -> str:
     where = "in this folder" if model.name == SHIPPED else "a tag that open_clip downloads, or a file to put here"
     of_hugging_face = model.tokenizer is not None or "hf_tokenizer_name" in encoder.config
     said = (
-        f"With `pip install open_clip_torch pillow safetensors{' transformers' * of_hugging_face}`, run in this folder, "
-        "with images as arguments. The "
+        f"With `pip install open_clip_torch pillow safetensors{' transformers' * of_hugging_face}`, run in this "
+        "folder, with images as arguments. The "
         f"encoder's weights are {plain(weights_name(model))}, {where}; the file's SHA-256 is {encoder.weights_sha256}. "
         "Transparent pixels must have been made white."
     )

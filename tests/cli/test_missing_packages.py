@@ -10,10 +10,15 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedclip_secure.aggregator.home import Home
+from fedclip_secure.config.silo import read_silo
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.extras import check_installed, install_command, lacking
+from fedclip_secure.pki.roster import Roster
+from fedclip_secure.silo.pins import Accepted, save_accepted
+from tests.config.test_lock import contract
 from tests.config.test_plan import PLAN
 from tests.waiting import BOUND
 
@@ -123,6 +128,18 @@ def test_command_without_a_silos_packages_ends_in_one_line(tmp_path: Path, progr
     assert f"error: `fedclip-{program} {arguments[0]}`: the package " in said
     assert said.rstrip().endswith(f"is not installed here; run `{install_command('silo')}`")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["extract", "personalize"])
+def test_command_in_a_silos_folder_without_its_packages_ends_in_one_line(tmp_path: Path, command: str) -> None:
+    config = tmp_path / "silo.yaml"
+    config.write_text("name: lab\ndata: {format: folder, path: images}\n")
+    names = ("aggregator", "lab", "other", "third")
+    roster = Roster.of({name: Ed25519PrivateKey.generate().public_key().public_bytes_raw() for name in names})
+    save_accepted(config, read_silo(config), Accepted(contract(), roster), None)
+    code, said = run(_WITHOUT, SILO, "silo", command, folder=tmp_path)
+    assert (code, len(said.splitlines())) == (1, 1), said
+    assert said.rstrip().endswith(f"is not installed here; run `{install_command('silo')}`")
 
 
 @pytest.mark.parametrize("program", ["agg", "silo"])
