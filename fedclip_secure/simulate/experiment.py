@@ -223,11 +223,15 @@ def _contradictions(experiment: Experiment) -> Sequence[str]:
 
 def encoder_of(experiment: Experiment) -> str:
     """What made the features, for whoever reads the figures."""
+    strange = experiment.model.name == SHIPPED and not isinstance(experiment.data, DemoSites)
+    return encoder_name(experiment) + (f", which {KNOWS}: figures are near chance" if strange else "")
+
+
+def encoder_name(experiment: Experiment) -> str:
+    """As `encoder_of`, without what it does not know."""
     model = experiment.model
-    if isinstance(model, ExternalModel):
-        return f"none here: {model.dim} features from files"
-    strange = model.name == SHIPPED and not isinstance(experiment.data, DemoSites)
-    return f"{model.name} ({model.pretrained})" + (f", which {KNOWS}: figures are near chance" if strange else "")
+    external = isinstance(model, ExternalModel)
+    return f"none here: {model.dim} features from files" if external else f"{model.name} ({model.pretrained})"
 
 
 def _filled(given: Sequence[Settings]) -> Settings:

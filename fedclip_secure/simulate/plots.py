@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
 
 from fedclip_secure.files import write_atomically
+from fedclip_secure.simulate.experiment import encoder_name
 from fedclip_secure.simulate.figures import Figures, Point
 from fedclip_secure.simulate.run import Results
 from fedclip_secure.simulate.tables import Group, groups_of, left_out_sites
@@ -36,6 +37,14 @@ class Curve:
     deviation: list[float]
 
 
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What every picture says: where accuracy was measured, and what made the features."""
+
+    where: str
+    encoder: str
+
+
 def write_plots(results: Results, out: Path) -> list[Path]:
     """Write rounds.svg, bytes.svg and epsilon.svg into `out`, as far as there is something to show; their paths.
 
@@ -44,6 +53,7 @@ def write_plots(results: Results, out: Path) -> list[Path]:
     """
     groups = [group for group in groups_of(results) if group.figures]
     where = "left-out site" if left_out_sites(results) else "the silos' test records"
+    about = _About(where, encoder_name(results.experiment))
     wanted = {
         "rounds.svg": (_over_rounds, bool(groups)),
         "bytes.svg": (_over_bytes, any(row.cell.kind == "federated" for group in groups for row in group.rows)),
@@ -51,12 +61,12 @@ def write_plots(results: Results, out: Path) -> list[Path]:
     }
     names = [name for name, (_, shown) in wanted.items() if shown]
     for name in names:
-        write_atomically(out / name, wanted[name][0](groups, where))
+        write_atomically(out / name, wanted[name][0](groups, about))
     return [out / name for name in names]
 
 
-def _over_rounds(groups: Sequence[Group], where: str) -> bytes:
-    with _drawing("Accuracy over rounds", where) as (axes, out):
+def _over_rounds(groups: Sequence[Group], about: _About) -> bytes:
+    with _drawing("Accuracy over rounds", about) as (axes, out):
         for number, group in enumerate(groups):
             curve = curve_of(group)
             if len(curve.x) == 1:  # zero-shot takes no rounds
@@ -68,9 +78,9 @@ def _over_rounds(groups: Sequence[Group], where: str) -> bytes:
     return out.getvalue()
 
 
-def _over_bytes(groups: Sequence[Group], where: str) -> bytes:
+def _over_bytes(groups: Sequence[Group], about: _About) -> bytes:
     """From the first upload on: the axis is logarithmic, as methods differ by powers of ten."""
-    with _drawing("Accuracy over bytes sent", where) as (axes, out):
+    with _drawing("Accuracy over bytes sent", about) as (axes, out):
         for number, group in enumerate(groups):
             sizes = [figures.upload_bytes for _, figures in group.figures if figures.upload_bytes is not None]
             if sizes:
@@ -82,9 +92,9 @@ def _over_bytes(groups: Sequence[Group], where: str) -> bytes:
     return out.getvalue()
 
 
-def _over_epsilon(groups: Sequence[Group], where: str) -> bytes:
+def _over_epsilon(groups: Sequence[Group], about: _About) -> bytes:
     spent = sorted({_epsilon(group) for group in groups if group.privacy})
-    with _drawing("Accuracy at the end over epsilon", where) as (axes, out):
+    with _drawing("Accuracy at the end over epsilon", about) as (axes, out):
         for number, label in enumerate(dict.fromkeys(group.label for group in groups)):
             mine = [group for group in groups if group.label == label]
             colour = _COLOURS[number % len(_COLOURS)]
@@ -153,7 +163,7 @@ def _draw(axes: Axes, number: int, curve: Curve, label: str) -> None:
 
 
 @contextmanager
-def _drawing(title: str, where: str) -> Iterator[tuple[Axes, io.BytesIO]]:
+def _drawing(title: str, about: _About) -> Iterator[tuple[Axes, io.BytesIO]]:
     """Axes to draw on, and where the SVG stands afterwards."""
     out = io.BytesIO()
     with plot_style(), warnings.catch_warnings():
@@ -161,8 +171,8 @@ def _drawing(title: str, where: str) -> Iterator[tuple[Axes, io.BytesIO]]:
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         yield axes, out
-        axes.set_title(title, loc="left")
-        axes.set_ylabel(f"accuracy, {where} (%)")
+        axes.set_title(f"{title}\nencoder: {about.encoder}", loc="left")
+        axes.set_ylabel(f"accuracy, {about.where} (%)")
         axes.grid(color="#dddddd", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:

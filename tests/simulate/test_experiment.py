@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fedclip_secure.config.silo import FolderData
 from fedclip_secure.errors import ConfigError
+from fedclip_secure.simulate import sources
 from fedclip_secure.simulate.cells import cells_of, digest_of, label_of, plan_of
 from fedclip_secure.simulate.experiment import EmbeddingSites, FolderSites, encoder_of, read_experiment
 from tests.simulate.worlds import CLASSES, SITES, experiment, write_experiment
@@ -90,6 +92,13 @@ def test_the_encoder_is_named_with_what_it_does_not_know(tmp_path: Path) -> None
     ):
         assert encoder_of(read_experiment(write_experiment(tmp_path, model=model, data=PACS))) == said
     assert encoder_of(read_experiment(write_experiment(tmp_path))) == "none here: 16 features from files"
+
+
+def test_a_tokenizers_folder_beside_the_file_is_what_every_silo_has(tmp_path: Path) -> None:
+    model = {"name": "ViT-B-16-SigLIP", "pretrained": "siglip.safetensors", "tokenizer": "words"}
+    path = write_experiment(tmp_path, model=model, data=PACS)
+    found = sources.Sources({"photo": FolderData(format="folder", path="photo")}, CLASSES, tmp_path, tmp_path / "out")
+    assert sources._config(read_experiment(path), found, "photo").tokenizer == str(tmp_path / "words")
 
 
 def without_model(folder: Path, data: dict[str, Any]) -> Path:

@@ -222,6 +222,7 @@ def test_tables_and_plots_hold_every_cell(finished: tuple[Path, Path, Results]) 
     assert "are not covered by it" in table
     assert "\nEncoder: none here: 16 features from files. Accuracy in percent" in table
     assert "ε of one run" in (out / "epsilon.svg").read_text()
+    assert "encoder: none here: 16 features from files" in (out / "rounds.svg").read_text()
 
 
 def test_the_command_line_ends_with_one_object_and_fails_where_no_cell_ran(tmp_path: Path) -> None:
