@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from fedclip_secure.errors import ModelError
 from fedclip_secure.extras import check_installed
-from fedclip_secure.features.download import cached, check_answers, first_line, from_hub
+from fedclip_secure.features.download import first_line, from_hub
 
 _registering = threading.Lock()  # open_clip reads every config file it was ever given, each time it is given one
 _OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})  # entries only OpenAI's own files have
@@ -83,8 +83,7 @@ def load_model(config: dict[str, Any], weights: Path, source: str) -> torch.nn.M
         ModelError: `source` names the config in errors; the config cannot be built, or the file is no
             checkpoint, another model's checkpoint, or carries code.
     """
-    _check_text_tower(config, source)
-    name = register(config)
+    name = register(_with_text_tower(config, source))
     with _loadable(weights) as file:
         try:
             return open_clip.create_model(name, pretrained=str(file), pretrained_text=False)  # type: ignore[no-any-return]
@@ -96,14 +95,20 @@ def load_model(config: dict[str, Any], weights: Path, source: str) -> torch.nn.M
             raise ModelError(f"{weights}: cannot be read as a checkpoint ({first_line(error)})") from error
 
 
-def _check_text_tower(config: dict[str, Any], source: str) -> None:
-    """Of a text tower that transformers builds: is it installed, and its config here or to be had?"""
+def _with_text_tower(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """A text tower that transformers builds gets its config from this machine's cache: no hub is asked for it again.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        ModelError: its config is not in the cache, and nobody answers.
+    """
     repository = config["text_cfg"].get("hf_model_name")
-    if repository and not Path(repository).is_dir():
-        check_installed("transformers", f"the text tower of {source}")
-        if cached(repository, "config.json") is None:
-            what = f"the config of the text tower of {source}"
-            check_answers(repository, "config.json", what, "choose another model")
+    if not repository or Path(repository).is_dir():
+        return config
+    what = f"the text tower of {source}"
+    check_installed("transformers", what)
+    path = from_hub(repository, ["config.json"], f"the config of {what}", "choose another model")
+    return {**config, "text_cfg": {**config["text_cfg"], "hf_model_name": str(path.parent)}}
 
 
 def register(config: dict[str, Any]) -> str:

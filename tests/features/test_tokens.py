@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -20,6 +22,7 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.errors import ConfigError, ModelError
+from fedclip_secure.features.checkpoint import register
 from fedclip_secure.training.inputs import load_with_task
 from fedclip_secure.training.prepare import prepare
 
@@ -125,16 +128,40 @@ def test_a_silo_without_a_copy_of_the_coordinators_own_folder_is_told_so(
         at_silo(contract, home, None)
 
 
+def snapshot_in(hub: Path) -> Path:
+    """The folder of a repository's files in the hub's cache."""
+    repository = hub / "models--someone--words"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    return repository / "snapshots" / ("a" * 40)
+
+
 def test_the_hubs_cache_is_enough_and_is_pinned_too(home: Path, hub: Path, tower_plan: FederationPlan) -> None:
-    snapshot = hub / "models--someone--words" / "snapshots" / ("a" * 40)
-    (snapshot.parents[1] / "refs").mkdir(parents=True)
-    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
-    write_tokenizer(snapshot)
+    write_tokenizer(snapshot_in(hub))
     contract = agreed(plan_with(tower_plan, None), home)
     assert pin_of(contract) is not None
     at_silo(contract, home, None)
     with pytest.raises(ModelError, match="makes other tokens here"):
         at_silo(contract, home, write_tokenizer(home / "other", WORDS[::-1]))
+
+
+def test_a_text_tower_of_the_hub_is_built_from_the_cache_and_named_where_it_is_not_there(
+    home: Path, hub: Path, tower_plan: FederationPlan
+) -> None:
+    config = json.loads((home / "tower.json").read_text())
+    towers = {"hf_model_name": HUB, "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler", "context_length": 16}
+    config["text_cfg"] = towers | {"hf_tokenizer_name": HUB}
+    (home / "tower.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"the config of the text tower of tower\.json cannot be .*/main/config\.json"):
+        agreed(plan_with(tower_plan, None), home)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    snapshot = write_tokenizer(snapshot_in(hub))
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 40, **sizes}))
+    config["text_cfg"]["hf_model_name"] = str(snapshot)
+    network = open_clip.create_model(register(config), pretrained_text=False)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, home / "tower.safetensors")
+    contract = agreed(plan_with(tower_plan, None), home)
+    assert at_silo(contract, home, None).text_features.shape == (7, 64)
 
 
 def test_without_network_and_cache_the_address_the_place_and_the_remedy_are_told(
