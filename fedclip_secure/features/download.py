@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from fedclip_secure.errors import ModelError
 
@@ -25,9 +25,11 @@ def from_hub(repository: str, names: Sequence[str], what: str, remedy: str = _NA
     Raises:
         ModelError: `what` it was, its address, where it would lie, and the `remedy`.
     """
+    _address(repository, names[0], what, remedy)
     for name in names:
-        if (path := cached(repository, name)) is not None:
-            return path
+        path = try_to_load_from_cache(repository, name)
+        if isinstance(path, str):
+            return Path(path)
     check_answers(repository, names[0], what, remedy)
     lacked: EntryNotFoundError | None = None
     for name in names:
@@ -40,25 +42,27 @@ def from_hub(repository: str, names: Sequence[str], what: str, remedy: str = _NA
     raise _failed(repository, names[-1], what, first_line(lacked or FileNotFoundError()), remedy) from lacked
 
 
-def cached(repository: str, name: str) -> Path | None:
-    """A file of the hub, as it lies in this machine's cache."""
-    path = try_to_load_from_cache(repository, name)
-    return Path(path) if isinstance(path, str) else None
-
-
 def check_answers(repository: str, name: str, what: str, remedy: str) -> None:
     """Ask for the head of a file once; whatever is answered, there is a network.
 
     Raises:
         ModelError: nobody answers; as `from_hub`.
     """
+    address = _address(repository, name, what, remedy)
     found: list[str] = []
-    asking = threading.Thread(target=_ask, args=(hf_hub_url(repository, name), found), daemon=True)
+    asking = threading.Thread(target=_ask, args=(address, found), daemon=True)
     asking.start()
     asking.join(_PATIENCE)  # a resolver without a network takes longer than any timeout of the request
     reason = f"no answer within {_PATIENCE:.0f} s" if asking.is_alive() else "".join(found)
     if reason:
         raise _failed(repository, name, what, reason, remedy)
+
+
+def _address(repository: str, name: str, what: str, remedy: str) -> str:
+    try:
+        return hf_hub_url(repository, name)
+    except HFValidationError as error:
+        raise ModelError(f"{what}: {repository!r} is no name of a repository of Hugging Face; {remedy}") from error
 
 
 def _ask(url: str, found: list[str]) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from fedclip_secure.config.plan import OpenClipModel
 from fedclip_secure.errors import ModelError
 from fedclip_secure.features import download
-from fedclip_secure.features.download import cached, from_hub
+from fedclip_secure.features.download import from_hub
 from fedclip_secure.features.encoder import resolve
 
 WEIGHTS = b"the weights"
@@ -76,7 +76,7 @@ def test_what_a_repository_has_is_downloaded_once_and_then_read_from_the_cache(
     path = from_hub("someone/clip", NAMES, "the weights")
     assert path.read_bytes() == WEIGHTS
     hub.shutdown()
-    assert from_hub("someone/clip", NAMES, "the weights") == path == cached("someone/clip", "model.bin")
+    assert from_hub("someone/clip", NAMES, "the weights") == path
 
 
 def test_a_hub_that_lacks_the_file_is_quoted(cache: Path, hub: ThreadingHTTPServer) -> None:
@@ -84,6 +84,12 @@ def test_a_hub_that_lacks_the_file_is_quoted(cache: Path, hub: ThreadingHTTPServ
         ModelError, match=r"^the weights cannot be downloaded \(.*404.*resolve/main/gone\.bin would lie"
     ):
         from_hub("someone/clip", ["gone.safetensors", "gone.bin"], "the weights")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "words folder", ""])
+def test_what_is_no_name_of_a_repository_is_refused_and_asks_nobody(cache: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=r"^the weights: '.*' is no name of a repository of Hugging Face; name a copy"):
+        from_hub(name, NAMES, "the weights")
 
 
 def test_a_hub_that_never_answers_is_given_up_after_one_short_look(
