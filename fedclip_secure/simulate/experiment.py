@@ -230,8 +230,9 @@ def encoder_of(experiment: Experiment) -> str:
 def encoder_name(experiment: Experiment) -> str:
     """As `encoder_of`, without what it does not know."""
     model = experiment.model
-    external = isinstance(model, ExternalModel)
-    return f"none here: {model.dim} features from files" if external else f"{model.name} ({model.pretrained})"
+    if isinstance(model, ExternalModel):
+        return f"none here: {model.dim} features from files"
+    return f"{model.name} ({model.pretrained})"
 
 
 def _filled(given: Sequence[Settings]) -> Settings:
