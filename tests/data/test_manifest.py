@@ -84,7 +84,10 @@ def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
         ("path;label", "found path;label"),
         ("path", "found path"),
         ("path,label,path", "found path,label,path"),
-        ("path,label,patinet", r"\('patinet' -> 'patient'\?\); rename or remove"),
+        (
+            "path,label,patinet",
+            r"column 'patinet' seems to name patients, and is not read; set `data\.columns: \{patient: patinet\}`",
+        ),
     ],
 )
 def test_header_at_fault_is_told(tmp_path: Path, header: str, match: str) -> None:
@@ -154,7 +157,7 @@ def test_letters_that_are_encoded_in_two_ways_are_equal(tmp_path: Path) -> None:
     assert first.label == second.label == 0
     patients = tmp_path / "lists/patients.csv"
     patients.write_text(f"path,patient\n{name}/Müller.png,p\n")
-    (file,) = with_patients(read_folder(images, [name]), patients, images)
+    (file,) = with_patients(read_folder(images, [name]).files, patients, images)
     assert file.unit is not None
     listed.write_text(f"path,label\n{name}/b.png,{name}\n{mac}/b.png,{name}\n")
     with pytest.raises(DataError, match=r"line 3: path .* stands in line 2 already"):
