@@ -255,6 +255,7 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
 
     Images that cannot be used are left out and named on standard error.
     """
+    from fedclip_secure.data.report import why_left_out
     from fedclip_secure.training.predict import find_images, to_csv
     from fedclip_secure.training.predict import predict as classify
 
@@ -262,8 +263,11 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
     accepted = load_accepted(config)
     terms = Terms.of(accepted.contract, accepted.roster)
     state = choose(Path(config.workdir), adapter, terms).state
+    listing = find_images(paths)
+    for finding in why_left_out(listing.left_out):
+        err.print(printable(finding.told()), markup=False)
     with image_progress(quiet=output == "-") as progress:
-        found = classify(config, accepted.contract, state, find_images(paths), progress)
+        found = classify(config, accepted.contract, state, listing.files, progress)
     if output == "-":
         click.echo(to_csv(found), nl=False)
     else:

@@ -73,18 +73,25 @@ def _check_names(root: Path, folders: set[str], classes: Sequence[str], absent: 
         raise DataError(f"{root}: no folder for class(es) {some(missing)}; create it, or {NAME_ABSENT}")
 
 
-def _take_class(folder: Path, label: int, listing: Listing, *, may_be_empty: bool) -> None:
-    """Add what lies in the folder of one class."""
+def images_in(folder: Path) -> tuple[list[str], list[LeftOut]]:
+    """The images below `folder`, at any depth, rising; and what else is there.
+
+    Raises:
+        DataError: a folder cannot be listed, or a file not be looked at.
+    """
     found = walk(folder)
     images = [path for path in found.files if is_image(path)]
     others = sorted(set(found.files).difference(images))
+    why = ((Reason.NO_IMAGE, others), (Reason.PASSED_OVER, found.passed_over), (Reason.DANGLING, found.dangling))
+    return images, [LeftOut(path, reason) for reason, paths in why for path in paths]
+
+
+def _take_class(folder: Path, label: int, listing: Listing, *, may_be_empty: bool) -> None:
+    """Add what lies in the folder of one class."""
+    images, left_out = images_in(folder)
+    others = [one.path for one in left_out if one.reason is Reason.NO_IMAGE]
     if not images and (others or not may_be_empty):
         held = f"holds no image, but {kinds_of(others)}" if others else "is empty"
         raise DataError(f"{folder}: {held}; put images there, or remove the folder and {NAME_ABSENT}")
     listing.files += [ImageFile(Path(path), label) for path in images]
-    for reason, paths in (
-        (Reason.NO_IMAGE, others),
-        (Reason.PASSED_OVER, found.passed_over),
-        (Reason.DANGLING, found.dangling),
-    ):
-        listing.left_out += [LeftOut(path, reason) for path in paths]
+    listing.left_out += left_out

@@ -130,7 +130,7 @@ def make_report(seen: Seen) -> DataReport:
         splits={name: _counts(seen, known, seen.places == number) for number, name in enumerate(seen.split_names)},
         smallest_class=smallest[1],
         smallest=smallest[0],
-        findings=(*_left_out(seen.left_out), *_doubles(seen), *_looks(seen), *_untrained(seen)),
+        findings=(*why_left_out(seen.left_out), *_doubles(seen), *_looks(seen), *_untrained(seen)),
         left_out=tuple(seen.left_out),
     )
 
@@ -155,13 +155,14 @@ def _counts(seen: Seen, known: npt.NDArray[np.bool_], chosen: npt.NDArray[np.boo
 
 _REMEDIES = {
     Reason.NO_IMAGE: ("are no image and were left out", "move them away if they are not wanted", True),
-    Reason.PASSED_OVER: ("hidden or a system's own, passed over", "", False),
+    Reason.PASSED_OVER: ("or folder(s) are hidden or a system's own, and were passed over", "", False),
     Reason.DANGLING: ("are links to what is not there and were left out", "restore what they name", True),
     Reason.UNUSABLE: ("cannot be used and were left out", "replace them, or move them away", True),
 }
 
 
-def _left_out(left_out: Sequence[LeftOut]) -> Iterable[Finding]:
+def why_left_out(left_out: Sequence[LeftOut]) -> Iterable[Finding]:
+    """A finding for each reason."""
     for reason, (said, remedy, refused) in _REMEDIES.items():
         paths = [one.path for one in left_out if one.reason is reason]
         told = [one.detail or one.path for one in left_out if one.reason is reason][:EXAMPLES]

@@ -97,7 +97,7 @@ def test_what_systems_leave_is_neither_an_image_nor_a_class_nor_a_site(root: Pat
     assert len(found.left_out) == 2 * len(HOUSEKEEPING) + 2, "beside the classes, and in one of them"
     assert [path.name for path in folders_in(root)] == ["cat", "dog"]
     assert sorted(classes_in([root])) == ["cat", "dog"]
-    assert len(find_images([root])) == 3
+    assert len(find_images([root]).files) == 3
 
 
 def test_class_of_which_a_site_has_housekeeping_alone_is_absent_there(root: Path) -> None:
