@@ -64,7 +64,10 @@ def find_images(paths: Iterable[Path]) -> Listing:
             raise DataError(f"{path}: is no file and no folder; check the path")
     if not found:
         raise DataError(f"{', '.join(map(str, listed))}: no image there, by extension; name files or another folder")
-    return Listing([ImageFile(path, UNLABELLED) for path in found], list(left_out.values()))
+    return Listing(
+        [ImageFile(path, UNLABELLED) for path in found],
+        [one for path, one in left_out.items() if Path(path) not in found],
+    )
 
 
 def predict(
