@@ -20,6 +20,7 @@ from fedclip_secure.data.listing import LeftOut, Reason, kinds_of
 from fedclip_secure.errors import DataError
 
 PAGE, JSON, LEFT_OUT = "data-report.html", "data-report.json", "left-out.csv"  # in the workdir
+_EQUALS = 3  # of a group of equal files that are named
 EXAMPLES = 10  # named for each finding; the list of what was left out has all
 
 
@@ -137,10 +138,10 @@ def make_report(seen: Seen) -> DataReport:
 
 def _with_patient(seen: Seen) -> npt.NDArray[np.bool_]:
     """(N,): whose unit is more than the record itself."""
-    if not seen.patients_from or seen.records.record_ids is None or not len(seen.records):
+    if seen.patients_from is None or not seen.paths:
         return np.full(len(seen.records), seen.patients_from is not None)
     found: npt.NDArray[np.bool_] = (seen.records.unit_ids != seen.records.record_ids).any(axis=1)
-    return found if seen.paths else np.full(len(seen.records), True)
+    return found
 
 
 def _patients(seen: Seen, chosen: npt.NDArray[np.bool_]) -> int:
@@ -192,8 +193,13 @@ def _doubles(seen: Seen) -> Iterable[Finding]:
         ("equal bytes under one label", mere, "each counts as often as it is there", False),
     ):
         if found:
-            count, first = sum(map(len, found)), [" = ".join(seen.paths[n] for n in group) for group in found]
-            yield Finding(kind, count, f"{count} image(s): {kind}; {text}", tuple(first[:EXAMPLES]), refused)
+            count, first = sum(map(len, found)), tuple(_equal(seen.paths, group) for group in found[:EXAMPLES])
+            yield Finding(kind, count, f"{count} image(s): {kind}; {text}", first, refused)
+
+
+def _equal(paths: Sequence[str], group: Sequence[int]) -> str:
+    more = f" and {len(group) - _EQUALS} more" if len(group) > _EQUALS else ""
+    return " = ".join(paths[number] for number in group[:_EQUALS]) + more
 
 
 _MOST = f"{CLIPPED:.0%} of their pixels or more lie beyond one end"
