@@ -267,7 +267,7 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
     for finding in why_left_out(listing.left_out):
         err.print(printable(finding.told()), markup=False)
     with image_progress(quiet=output == "-") as progress:
-        found = classify(config, accepted.contract, state, listing.files, progress)
+        found = classify(config, accepted.contract, state, [file.path for file in listing.files], progress)
     if output == "-":
         click.echo(to_csv(found), nl=False)
     else:

@@ -71,9 +71,9 @@ def find_images(paths: Iterable[Path]) -> Listing:
 
 
 def predict(
-    silo: SiloConfig, contract: Contract, state: AdapterState, files: Sequence[ImageFile], progress: ShowProgress
+    silo: SiloConfig, contract: Contract, state: AdapterState, images: Sequence[Path], progress: ShowProgress
 ) -> Predictions:
-    """Classify `files` with the adapter `state`; features come from the silo's cache, and go there.
+    """Classify `images` with the adapter `state`; features come from the silo's cache, and go there.
 
     A broken image is left out.
 
@@ -90,6 +90,7 @@ def predict(
     encoder, task = load_with_task(silo, contract)
     device = choose_device(silo.device)
     logits = predictor(contract.plan, task, state, device, encoder)
+    files = [ImageFile(path, UNLABELLED) for path in images]
     options = ExtractOptions(stage=find_method(contract.plan.method).spec.stage)
     found = extract(files, encoder, Path(silo.workdir, "features"), progress, options)
     parts = [np.empty((0, len(task.classes)))]
@@ -97,7 +98,7 @@ def predict(
         for batch in batches(found.features, task, device):
             parts.append(torch.softmax(logits(batch).cpu().double(), dim=-1).numpy())  # MPS has no float64
     broken = {image.number for image in found.broken}
-    paths = tuple(file.path for number, file in enumerate(files) if number not in broken)
+    paths = tuple(path for number, path in enumerate(images) if number not in broken)
     return Predictions(task.classes, paths, np.concatenate(parts), tuple(found.broken))
 
 

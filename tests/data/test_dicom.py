@@ -185,7 +185,7 @@ def test_grey_of_8_bits_is_as_bright_as_a_picture_whatever_the_window(tmp_path: 
 
 @pytest.mark.parametrize("tag", ["RescaleSlope", "RescaleIntercept"])
 def test_empty_slope_or_intercept_is_none(tmp_path: Path, tag: str) -> None:
-    tags = {"RescaleSlope": "1", "RescaleIntercept": "0", tag: ""}
+    tags: dict[str, Any] = {"RescaleSlope": "1", "RescaleIntercept": "0", tag: ""}
     assert grey(dicom(tmp_path / "a.dcm", np.array([[0, 4095]], np.uint16), **tags), (0, 4095)) == [0, 255]
 
 

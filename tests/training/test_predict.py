@@ -11,7 +11,6 @@ import pytest
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import ExternalModel, FederationPlan
 from fedclip_secure.config.silo import SiloConfig
-from fedclip_secure.data.dataset import UNLABELLED, ImageFile
 from fedclip_secure.data.listing import Reason
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.model.state import AdapterState, Layout
@@ -69,4 +68,4 @@ def test_external_model_is_refused_with_what_to_do_instead(tower_plan: Federatio
     contract = Contract(tower_plan.model_copy(update={"model": external}), prepared.lock)
     silo = SiloConfig.model_validate({"name": "lab", "data": {"format": "embeddings", "path": "x"}})
     with pytest.raises(ConfigError, match=r"no encoder for images runs here.*`fedclip-silo evaluate`"):
-        predict(silo, contract, state, [ImageFile(Path("x.png"), UNLABELLED)], lambda _: None)
+        predict(silo, contract, state, [Path("x.png")], lambda _: None)
