@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from pydicom.uid import UID
 
 # pydicom logs a traceback for each decoder that it tries; what became of a file is said in one line, by us.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+logging.getLogger("pydicom").addHandler(logging.NullHandler())
+logging.getLogger("pydicom").propagate = False  # a level would not last: pydicom sets its own when it is loaded
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 PREAMBLE = 132  # bytes: 128 of anything, and four letters (PS3.10, 7.1)
 _TAGS = (  # PS3.3: image pixel module (C.7.6.3), multi-frame (C.7.6.6), modality LUT (C.11.1)
