@@ -83,7 +83,7 @@ def against_forward(folder: Path, data: Path) -> dict[str, list[float]]:
     weights = folder / "vit" / "tower.safetensors"
     encoders = {kind: load_encoder(exact.lock, model, weights, "cpu", kind) for kind in ("fp32", "bf16")}
     at_once = batch_size(encoders["fp32"])
-    images = [exact.transform(decode_image(path.read_bytes(), path, None)) for path in paths]
+    images = [exact.transform(decode_image(path.read_bytes(), path, None).image) for path in paths]
     batches = torch.stack(images).split(at_once)
     work: dict[str, Callable[[], object]] = {"forward": lambda: [encoders["fp32"].encode_images(b) for b in batches]}
     for kind, encoder in encoders.items():

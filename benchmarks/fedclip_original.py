@@ -194,7 +194,7 @@ def run_rounds(plan: FederationPlan, task: Task, inputs: Sequence[Inputs]) -> in
 def measure() -> dict[str, float]:
     """All figures; times in seconds."""
     plan, (model, encoder) = make_plan(), make_encoder()
-    sites = {name: read_folder(_DATA / name, CLASSES) for name in (*SITES, UNSEEN)}
+    sites = {name: read_folder(_DATA / name, CLASSES).files for name in (*SITES, UNSEEN)}
     mixed = [file for files in sites.values() for file in files]
     np.random.default_rng(0).shuffle(mixed)
     original = Original(plan, model, encoder, mixed)

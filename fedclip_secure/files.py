@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,3 +69,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_of_windows(path: str) -> bool:
+    """Whether `path` names a drive or a server's share as Windows does, on a system where that means nothing."""
+    return os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None

@@ -9,3 +9,4 @@ AGGREGATOR = "aggregator"  # the roster's name for the coordinator's own signing
 MIN_SILOS = 3  # with 2, each can subtract itself from the sum
 MAX_SILOS = 255  # Shamir evaluates at the non-zero points of GF(2^8)
 Normalisation = Literal["casefold", "strip_zeros"]  # of a patient's id, in this order (data/patients.py)
+Column = Literal["path", "label", "patient"]  # of a CSV file of images (data/manifest.py)

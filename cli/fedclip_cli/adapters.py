@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from fedclip_cli.console import FILE, FOLDER, Command, image_progress, out, print_table
+from fedclip_cli.console import FILE, FOLDER, Command, err, image_progress, out, print_table, printable
 from fedclip_cli.evaluation import percent
 from fedclip_cli.exported import print_export
 from fedclip_secure.config.silo import SiloConfig, read_silo
@@ -59,12 +59,15 @@ def export(path: Path, adapter: str, to: Path | None) -> None:
     print_export(*export_adapter(config, load_accepted(config), adapter, to))
 
 
-def load(config: SiloConfig, accepted: Accepted, *, quiet: bool = False, verify: bool = False) -> Inputs:
-    """This silo's task and records, with a bar where images must be encoded."""
+def load(config: SiloConfig, accepted: Accepted, *, quiet: bool = False) -> Inputs:
+    """This silo's task and records, with a bar where images must be encoded; what is wrong with them is told."""
     from fedclip_secure.training.inputs import load_inputs
 
     with image_progress(quiet=quiet) as progress:
-        return load_inputs(config, accepted.contract, progress, text_features_path(config), verify=verify)
+        inputs = load_inputs(config, accepted.contract, progress, text_features_path(config))
+    for line in inputs.report.warnings() if inputs.report else ():
+        err.print(printable(line), markup=False)
+    return inputs
 
 
 def _print(made: Personal) -> None:

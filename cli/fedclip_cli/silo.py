@@ -26,6 +26,7 @@ from fedclip_cli.console import (
     version_option,
     waiting,
 )
+from fedclip_cli.data import print_data
 from fedclip_cli.evaluation import Measured, evaluation_json, print_evaluation
 from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.config.plan import FederationPlan
@@ -44,7 +45,7 @@ from fedclip_secure.silo.account import ENDED, about_ledger, about_place
 from fedclip_secure.silo.adapters import GLOBAL, choose
 from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.outcome import adapter_folder, read_models
-from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted
+from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted, text_features_path
 from fedclip_secure.silo.policy import check_policy
 from fedclip_secure.silo.recovery import giving_up, look
 from fedclip_secure.silo.recovery import recover as go_on
@@ -121,18 +122,28 @@ def accept(path: Path, yes: bool) -> None:
 @click.option(
     "--precision", type=click.Choice(get_args(Precision)), help="The encoder's, in place of silo.yaml's `precision`."
 )
-@click.option("--strict", is_flag=True, help="Refuse broken images; without it they are named and left out.")
+@click.option("--strict", is_flag=True, help="Refuse what the data report finds wrong; without it, it is told.")
 @click.option("--verify", is_flag=True, help="Read every image again, also those of unchanged size and time.")
-def extract(path: Path, precision: Precision | None, strict: bool, verify: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="The data report as one JSON object.")
+def extract(path: Path, precision: Precision | None, strict: bool, verify: bool, as_json: bool) -> None:
     """Turn this silo's images into cached CLIP features. A second run does only what is new.
+
+    Says what the data are: classes, splits and patients, what was left out, what is there twice or shows nothing. The
+    same is written to data-report.html, with thumbnails, in the workdir. It stays there, as the images do.
 
     It may be stopped or killed at any time, and goes on from there.
     """
+    from fedclip_secure.training.inputs import load_inputs
+
     config = read_silo(path)
-    wanted = for_extraction(config, precision, strict)
-    inputs = load(wanted, load_accepted(config), verify=verify)
-    sizes = ", ".join(f"{name} {len(part)}" for name, part in inputs.splits.items())
-    out.print(f"features ready: {sizes}", markup=False)
+    wanted, accepted = for_extraction(config, precision, strict), load_accepted(config)
+    with image_progress(quiet=as_json) as progress:
+        inputs = load_inputs(wanted, accepted.contract, progress, text_features_path(config), verify=verify)
+    assert inputs.report is not None  # noqa: S101 - of a silo's own data
+    if as_json:
+        click.echo(json.dumps(inputs.report.as_json()))
+        return
+    print_data(inputs.report, Path(config.workdir))
     if wanted.precision != config.precision:
         out.print(f"to train on them set `precision: {wanted.precision}` in {path}", markup=False)
 
@@ -244,6 +255,7 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
 
     Images that cannot be used are left out and named on standard error.
     """
+    from fedclip_secure.data.report import why_left_out
     from fedclip_secure.training.predict import find_images, to_csv
     from fedclip_secure.training.predict import predict as classify
 
@@ -251,8 +263,11 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
     accepted = load_accepted(config)
     terms = Terms.of(accepted.contract, accepted.roster)
     state = choose(Path(config.workdir), adapter, terms).state
+    listing = find_images(paths)
+    for finding in why_left_out(listing.left_out):
+        err.print(printable(finding.told()), markup=False)
     with image_progress(quiet=output == "-") as progress:
-        found = classify(config, accepted.contract, state, find_images(paths), progress)
+        found = classify(config, accepted.contract, state, [file.path for file in listing.files], progress)
     if output == "-":
         click.echo(to_csv(found), nl=False)
     else:

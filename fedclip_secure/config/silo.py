@@ -13,19 +13,22 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fedclip_secure.config.fields import Name, Number, Pin, Strict, Text, read_model
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.files import write_atomically
-from fedclip_secure.names import MAX_SILOS, MIN_SILOS, Normalisation
+from fedclip_secure.files import is_of_windows, write_atomically
+from fedclip_secure.names import MAX_SILOS, MIN_SILOS, Column, Normalisation
 
 Precision = Literal["fp32", "bf16", "fp16"]  # of the encoder; changes the features a little, so the cache keeps each
 
 
 def _named(value: object) -> object:
+    if value in ("dicom", "none"):
+        return {"dicom": value == "dicom"}
     return {"file": value} if isinstance(value, str) else value
 
 
-class PatientIds(Strict):
-    """Which ids of patients are the same."""
+class Patients(Strict):
+    """Who says whose an image is, and which ids are the same patient. In silo.yaml `dicom` or `none` alone will do."""
 
+    dicom: bool | None = None  # PatientID; None: where all images are DICOM and nothing else names their patients
     normalise: list[Normalisation] = Field(default_factory=list)  # none: ids are taken as they are
 
     @field_validator("normalise")
@@ -34,10 +37,17 @@ class PatientIds(Strict):
         return [name for name in get_args(Normalisation) if name in names]
 
 
-class PatientFile(PatientIds):
-    """Whose the images are: a CSV file of path and patient. In silo.yaml its name alone will do."""
+class FolderPatients(Patients):
+    """As above, or by a CSV file of path and patient, whose name alone will do too."""
 
-    file: Text
+    file: Text | None = None
+    columns: dict[Column, Text] = Field(default_factory=dict)  # what they are called there, if otherwise
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FolderPatients:
+        if self.file is not None and self.dicom is not None:
+            raise ValueError("patients are named by `file` or by `dicom`, not by both; leave out one")
+        return self
 
 
 class FolderData(Strict):
@@ -45,9 +55,9 @@ class FolderData(Strict):
 
     format: Literal["folder"]
     path: Text
-    patients: Annotated[PatientFile, BeforeValidator(_named)] | None = None  # None: each image is a unit of its own
+    patients: Annotated[FolderPatients, BeforeValidator(_named)] = FolderPatients()
     absent_classes: list[str] = Field(default_factory=list)  # classes of the plan that this silo knows it lacks
-    strict: bool = False  # a broken image stops the run; else it is named and left out
+    strict: bool = False  # what the data report finds wrong stops the run; else it is told
 
 
 class ManifestData(Strict):
@@ -56,7 +66,8 @@ class ManifestData(Strict):
     format: Literal["manifest"]
     path: Text
     root: Text | None = None  # where the paths begin; None: the folder of the CSV file
-    patients: PatientIds = PatientIds()
+    columns: dict[Column, Text] = Field(default_factory=dict)  # what they are called in the file, if otherwise
+    patients: Annotated[Patients, BeforeValidator(_named)] = Patients()
     absent_classes: list[str] = Field(default_factory=list)
     strict: bool = False
 
@@ -141,7 +152,12 @@ def read_silo(path: Path) -> SiloConfig:
 
 
 def _absolute(home: Path, path: str) -> str:
-    return os.path.normpath(home / path)  # without `..`: it will stand in messages
+    if is_of_windows(path) and not os.path.lexists(home / path):
+        raise ConfigError(
+            f"silo.yaml: {path!r} is a path of Windows, and this is none; say where the folder is mounted here "
+            "(in WSL, drive C: is /mnt/c)"
+        )
+    return os.path.normpath(home / Path(path).expanduser())  # without `..`: it will stand in messages
 
 
 def for_extraction(config: SiloConfig, precision: Precision | None, strict: bool) -> SiloConfig:
@@ -155,7 +171,7 @@ def for_extraction(config: SiloConfig, precision: Precision | None, strict: bool
 def _located(data: Data, home: Path) -> Data:
     given = {key: getattr(data, key, None) for key in ("path", "root")}
     paths: dict[str, object] = {key: _absolute(home, value) for key, value in given.items() if value is not None}
-    if isinstance(data, FolderData) and data.patients is not None:
+    if isinstance(data, FolderData) and data.patients.file is not None:
         paths["patients"] = data.patients.model_copy(update={"file": _absolute(home, data.patients.file)})
     return data.model_copy(update=paths)
 

@@ -157,10 +157,15 @@ def split(features: FeatureSet, federation: str, shares: Mapping[str, float]) ->
     A unit's place is a hash of its id as a fraction of 1, so a record that is added or removed moves
     no other. The federation's name is hashed too: two federations cut the same data differently.
     """
+    places = places_of(features, federation, shares)
+    return {name: features.select(places == number) for number, name in enumerate(shares)}
+
+
+def places_of(features: FeatureSet, federation: str, shares: Mapping[str, float]) -> npt.NDArray[np.int64]:
+    """The number of each record's split, (N,); as `split`."""
     places = np.array([_place(federation, unit.tobytes()) for unit in features.unit_ids], dtype=np.uint64)
     edges = np.cumsum(list(shares.values()))[:-1]  # the last share takes what rounding leaves
-    chosen = np.searchsorted(edges, places / 2.0**64, side="right")
-    return {name: features.select(chosen == number) for number, name in enumerate(shares)}
+    return np.searchsorted(edges, places / 2.0**64, side="right").astype(np.int64)
 
 
 def _place(federation: str, unit_id: bytes) -> int:

@@ -1,11 +1,13 @@
-"""One DICOM frame as an RGB image. Needs pydicom, the `dicom` extra.
+"""One DICOM frame as an RGB image, and whose it is. Needs pydicom and decoders (the extra `dicom`).
 
-Of a file's data set only the tags in `_TAGS` are parsed, so nothing about a patient is ever held.
+Of a file's data set only the tags in `_TAGS` are parsed for the image, and `PatientID` alone for the patient.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +15,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fedclip_secure.data.room import DECODING
+from fedclip_secure.data.walk import looked_at
 from fedclip_secure.data.window import to_grey
 from fedclip_secure.errors import ConfigError, DataError
-from fedclip_secure.extras import lacking
+from fedclip_secure.extras import install_command, lacking
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from collections.abc import Sequence
+    from typing import BinaryIO
 
+    from pydicom import Dataset
+    from pydicom.uid import UID
+
+# pydicom logs a traceback for each decoder that it tries; what became of a file is said in one line, by us.
+logging.getLogger("pydicom").addHandler(logging.NullHandler())
+logging.getLogger("pydicom").propagate = False  # a level would not last: pydicom sets its own when it is loaded
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 PREAMBLE = 132  # bytes: 128 of anything, and four letters (PS3.10, 7.1)
 _TAGS = (  # PS3.3: image pixel module (C.7.6.3), multi-frame (C.7.6.6), modality LUT (C.11.1)
@@ -38,60 +49,94 @@ _TAGS = (  # PS3.3: image pixel module (C.7.6.3), multi-frame (C.7.6.6), modalit
     "ModalityLUTSequence",
     "PixelData",
 )
+_BYTES = 24  # of a pixel while it is decoded: through float64, and what decoders hold besides
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom turns all of these into RGB
 
 
-def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None) -> Image.Image:
-    """Decode a single-frame DICOM file to 8-bit RGB.
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """A file's frame that counts, as 8-bit RGB; of how many; what share of it lay beyond the window."""
 
+    image: Image.Image
+    frames: int
+    below: float = 0.0
+    above: float = 0.0
+
+
+def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None) -> Frame:
+    """Decode a DICOM file to 8-bit RGB; of several frames the middle one, of an even number the later of the two.
+
+    A file is one record with one label, however many frames it has; of a volume or a film the ends show least.
     Grey pixels are rescaled by the file's slope and intercept (or its modality LUT) and mapped from
     `window` [low, high], in rescaled units, to 0..255; MONOCHROME1 is inverted. Grey of up to 8 bits that is not
     rescaled is no deeper than a picture, and fills 0..255 by itself. Colour must have 8 bits.
 
     Raises:
-        DataError: names `path`; no DICOM, no pixels, several frames, too large, or pixels that cannot be decoded.
-        ConfigError: the plan has no window, or pydicom is not installed.
+        DataError: names `path`; no DICOM, no pixels, too large, or pixels that cannot be decoded.
+        ConfigError: the plan has no window, or pydicom or a decoder is not installed.
     """
-    file = _parse(data, path)
-    _check(file, path)
-    pixels = _pixels(file, path)
-    kind = str(file.PhotometricInterpretation)
-    if kind in _COLOUR:
-        return Image.fromarray(pixels.astype(np.uint8, casting="safe"))
-    grey = to_grey(_rescaled(pixels, file), path, _own_range(file) or window)
-    return Image.fromarray(255 - grey if kind == "MONOCHROME1" else grey).convert("RGB")
+    file = _parse(io.BytesIO(data), path, _TAGS)
+    frames = _check(file, path)
+    with DECODING.taken(_BYTES * int(file.Rows) * int(file.Columns)):
+        pixels = _pixels(file, path, frames // 2)
+        kind = str(file.PhotometricInterpretation)
+        if kind in _COLOUR:
+            return Frame(Image.fromarray(pixels.astype(np.uint8, casting="safe")), frames)
+        grey = to_grey(_rescaled(pixels, file), path, _own_range(file) or window)
+        values = 255 - grey.values if kind == "MONOCHROME1" else grey.values
+        return Frame(Image.fromarray(values).convert("RGB"), frames, grey.below, grey.above)
 
 
-def _parse(data: bytes, path: Path) -> Dataset:
+def patient_of(path: Path) -> str:
+    """A file's PatientID without spaces around it (PS3.3, C.7.1.1); no pixels are read.
+
+    Empty where there is none, and where the file cannot be parsed: such a one is left out where it is decoded.
+
+    Raises:
+        DataError: the file cannot be opened or read.
+        ConfigError: pydicom is not installed.
+    """
+
+    def parsed() -> str:
+        with path.open("rb") as file:
+            try:
+                return str(_parse(file, path, ("PatientID",)).get("PatientID") or "").strip()
+            except (ConfigError, OSError):
+                raise
+            except Exception:  # pydicom raises whatever a broken file makes it raise
+                return ""
+
+    return looked_at(parsed, path)
+
+
+def _parse(file: BinaryIO, path: Path, tags: Sequence[str]) -> Dataset:
     try:
         from pydicom import dcmread  # noqa: PLC0415 - an extra: most silos have no DICOM
         from pydicom.errors import InvalidDicomError  # noqa: PLC0415
         from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigError(f"{path}: is DICOM: {lacking(error) or error}") from error
+    begins = file.read(2)
+    file.seek(0)
     try:
         # Files without the preamble are read where they begin as a data set does, with group 0002 or 0008.
-        file = dcmread(io.BytesIO(data), specific_tags=list(_TAGS), force=data[:2] in (b"\x02\x00", b"\x08\x00"))
+        force = begins in (b"\x02\x00", b"\x08\x00")
+        parsed = dcmread(file, stop_before_pixels="PixelData" not in tags, force=force, specific_tags=list(tags))
     except InvalidDicomError as error:
         raise DataError(f"{path}: is no DICOM file; replace it or move it away") from error
-    if "TransferSyntaxUID" not in file.file_meta:  # what a file without it has (PS3.5, 10.1)
-        implicit, little = file.original_encoding
+    if "TransferSyntaxUID" not in parsed.file_meta:  # what a file without it has (PS3.5, 10.1)
+        implicit, little = parsed.original_encoding
         if not little:
             raise DataError(f"{path}: does not name its transfer syntax; export it again")
-        file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-    return file
+        parsed.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return parsed
 
 
-def _check(file: Dataset, path: Path) -> None:
-    """Refuse by name what `read_dicom` does not cover, before anything large is decoded."""
+def _check(file: Dataset, path: Path) -> int:
+    """Refuse by name what `read_dicom` does not cover, before anything large is decoded; the number of frames."""
     if "PixelData" not in file:
         raise DataError(f"{path}: has no pixel data; move it away")
-    frames = int(file.get("NumberOfFrames") or 1)
-    if frames != 1:
-        raise DataError(
-            f"{path}: has {frames} frames, and only single-frame files are read; export the frame that counts"
-        )
     kind, bits = str(file.PhotometricInterpretation), int(file.BitsAllocated)
     if kind not in _GREY + _COLOUR:
         raise DataError(f"{path}: photometric interpretation {kind} is not supported; export it as grey or RGB")
@@ -100,20 +145,40 @@ def _check(file: Dataset, path: Path) -> None:
     pixels = int(file.Rows) * int(file.Columns)
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         raise DataError(f"{path}: has {pixels} pixels, more than {Image.MAX_IMAGE_PIXELS}; scale it down")
+    return max(1, int(file.get("NumberOfFrames") or 1))
 
 
-def _pixels(file: Dataset, path: Path) -> npt.NDArray[np.generic]:
-    """(H, W) of stored values, or (H, W, 3) RGB."""
+def _pixels(file: Dataset, path: Path, frame: int) -> npt.NDArray[np.generic]:
+    """(H, W) of stored values, or (H, W, 3) RGB, of the frame with the number `frame`, from 0."""
     from pydicom.pixels.utils import pixel_array  # noqa: PLC0415 - as in _parse
 
-    syntax = getattr(file.file_meta, "TransferSyntaxUID", None)
+    syntax = file.file_meta.TransferSyntaxUID
+    _check_decoder(syntax, path)
     try:
-        return pixel_array(file)
+        return pixel_array(file, index=frame)
     except Exception as error:  # each of pydicom's decoders raises its own kinds
         raise DataError(
-            f"{path}: its pixels cannot be decoded (transfer syntax {getattr(syntax, 'name', 'missing')}: "
-            f"{str(error).splitlines()[0] if str(error) else repr(error)}); export it uncompressed"
+            f"{path}: its pixels cannot be decoded (transfer syntax {syntax.name}: "
+            f"{' '.join(str(error).split()) or repr(error)}); export it uncompressed"
         ) from error
+
+
+def _check_decoder(syntax: UID, path: Path) -> None:
+    """Tell a compression that a package would read from one that nothing reads."""
+    from pydicom.pixels.decoders.base import get_decoder  # noqa: PLC0415 - as in _parse
+
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError as error:
+        raise DataError(
+            f"{path}: is compressed as {syntax.name} ({syntax}), which is not read; export it uncompressed"
+        ) from error
+    if not decoder.is_available:
+        needed = ", or ".join(decoder.missing_dependencies)
+        raise ConfigError(
+            f"{path}: is compressed as {syntax.name}, and no decoder for that is installed ({needed}); "
+            f"run `{install_command('dicom')}`, or export it uncompressed"
+        )
 
 
 def is_dicom(data: bytes) -> bool:

@@ -2,49 +2,46 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, composed, near, some
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.image import is_image
-from fedclip_secure.data.walk import Walk, is_housekeeping, looked_at, walk
+from fedclip_secure.data.listing import LeftOut, Listing, Reason, kinds_of
+from fedclip_secure.data.walk import is_housekeeping, looked_at, walk
 from fedclip_secure.errors import DataError
 
-_KINDS = 5  # of files that are no images, in a warning
-_log = logging.getLogger(__name__)
 
+def read_folder(root: Path, classes: Sequence[str], absent_classes: Sequence[str] = ()) -> Listing:
+    """List the images under `root/<class>/`, at any depth, by class and then by path; and what was left out.
 
-def read_folder(root: Path, classes: Sequence[str], absent_classes: Sequence[str] = ()) -> list[ImageFile]:
-    """List the images under `root/<class>/`, at any depth, by class and then by path.
-
-    An image is what Pillow reads by its extension, or DICOM. Hidden files and folders, and what systems leave beside
-    people's files, are passed over; other files are skipped with a warning in the log. `absent_classes` are the plan's
+    An image is what Pillow reads by its extension, or DICOM. Hidden files and folders, what systems leave beside
+    people's files, and links to nothing are left out, as is any other file. `absent_classes` are the plan's
     classes that need no folder. Names are equal where their letters are, however these are encoded.
 
     Raises:
         DataError: no such root; a folder that cannot be listed; a class folder is missing, empty, there twice or
             unknown to the plan; files lie beside the class folders.
     """
-    folders = _class_folders(root)
+    found = Listing()
+    folders = _class_folders(root, found)
     _check_names(root, set(folders), classes, absent_classes)
-    files: list[ImageFile] = []
     for label, name in enumerate(classes):
         folder = folders.get(composed(name))
-        if folder is not None and not (name in absent_classes and _is_empty(folder)):
-            files += [ImageFile(path, label) for path in _images(folder)]
-    return files
+        if folder is not None:
+            _take_class(folder, label, found, may_be_empty=name in absent_classes)
+    return found
 
 
-def _class_folders(root: Path) -> dict[str, Path]:
+def _class_folders(root: Path, listing: Listing) -> dict[str, Path]:
     """By the name of the class."""
     try:
         entries = looked_at(lambda: sorted(root.iterdir()), root)
     except DataError as error:
         raise DataError(f"{error}: `data.path` in silo.yaml") from error
     mine = [entry for entry in entries if not is_housekeeping(entry.name)]
+    listing.left_out += [LeftOut(str(entry), Reason.PASSED_OVER) for entry in entries if is_housekeeping(entry.name)]
     strays = [entry.name for entry in mine if not entry.is_dir()]
     if strays:
         raise DataError(
@@ -76,39 +73,25 @@ def _check_names(root: Path, folders: set[str], classes: Sequence[str], absent: 
         raise DataError(f"{root}: no folder for class(es) {some(missing)}; create it, or {NAME_ABSENT}")
 
 
-def _is_empty(folder: Path) -> bool:
-    return not walk(folder).files
+def images_in(folder: Path) -> tuple[list[str], list[LeftOut]]:
+    """The images below `folder`, at any depth, rising; and what else is there.
 
-
-def _images(folder: Path) -> list[Path]:
+    Raises:
+        DataError: a folder cannot be listed, or a file not be looked at.
+    """
     found = walk(folder)
     images = [path for path in found.files if is_image(path)]
-    others = Counter(_kind(path) for path in set(found.files).difference(images))
-    if not images:
-        held = f"holds no image, but {_listed(others)}" if others else "is empty"
+    others = sorted(set(found.files).difference(images))
+    why = ((Reason.NO_IMAGE, others), (Reason.PASSED_OVER, found.passed_over), (Reason.DANGLING, found.dangling))
+    return images, [LeftOut(path, reason) for reason, paths in why for path in paths]
+
+
+def _take_class(folder: Path, label: int, listing: Listing, *, may_be_empty: bool) -> None:
+    """Add what lies in the folder of one class."""
+    images, left_out = images_in(folder)
+    others = [one.path for one in left_out if one.reason is Reason.NO_IMAGE]
+    if not images and (others or not may_be_empty):
+        held = f"holds no image, but {kinds_of(others)}" if others else "is empty"
         raise DataError(f"{folder}: {held}; put images there, or remove the folder and {NAME_ABSENT}")
-    _tell(folder, found, others)
-    return [Path(path) for path in images]
-
-
-def _tell(folder: Path, found: Walk, others: Counter[str]) -> None:
-    """Say what was left out, and why."""
-    if others:
-        _log.warning("%s: skipped files that are no images: %s", folder, _listed(others))
-    if found.housekeeping:
-        _log.warning("%s: passed over what systems leave there: %s", folder, _listed(found.housekeeping))
-    if found.dangling:
-        count, first = len(found.dangling), found.dangling[0]
-        _log.warning("%s: left out %d link(s) to files that are not there, first %s", folder, count, first)
-
-
-def _kind(path: str) -> str:
-    _, dot, end = path.rpartition("/")[2].rpartition(".")
-    return dot + end.lower() if dot and end.isalpha() else "without a known extension"
-
-
-def _listed(counts: Counter[str]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    some_kinds = ", ".join(f"{count} x {kind}" for kind, count in ordered[:_KINDS])
-    left = len(counts) - _KINDS
-    return some_kinds + (f" and {left} other kind(s)" if left > 0 else "")
+    listing.files += [ImageFile(Path(path), label) for path in images]
+    listing.left_out += left_out

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from fedclip_secure.data.dicom import DICOM_SUFFIXES, PREAMBLE, is_dicom, read_dicom
+from fedclip_secure.data.dicom import DICOM_SUFFIXES, PREAMBLE, Frame, is_dicom, read_dicom
+from fedclip_secure.data.facts import ImageFacts, facts_of
+from fedclip_secure.data.room import DECODING
 from fedclip_secure.data.walk import looked_at
 from fedclip_secure.data.window import to_grey
 from fedclip_secure.errors import ConfigError, DataError
@@ -26,6 +28,15 @@ _UPRIGHT = {  # by orientation: what turns such an image upright (EXIF 2.32, 4.6
     8: Image.Transpose.ROTATE_90,
 }
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits per pixel
+_BYTES = {True: 24, False: 8}  # of a pixel while it is decoded: deep grey goes through float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """8-bit RGB, upright; and what is known of it."""
+
+    image: Image.Image
+    facts: ImageFacts
 
 
 def is_image(path: str) -> bool:
@@ -54,25 +65,28 @@ def _extensions() -> frozenset[str]:
     return frozenset((*pillow, *DICOM_SUFFIXES))
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file's name says that it is none of DICOM's."""
+    end = path.suffix.lower()
+    return end in _extensions() and end not in DICOM_SUFFIXES
+
+
 def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
     """Read an image as RGB; see `decode_image`.
 
     Raises:
         ConfigError, DataError: as `decode_image`; DataError also where the file cannot be read.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
-    return decode_image(data, path, window)
+    return decode_image(looked_at(path.read_bytes, path), path, window).image
 
 
-def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Image.Image:
+def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Decoded:
     """Decode an image file's bytes to 8-bit RGB, turned upright by its EXIF orientation.
 
     Grey of more than 8 bits (16-bit, 32-bit, float; in DICOM as stored) is mapped from `window` [low, high] to 0..255.
-    Transparent pixels become white. Of several frames or pages the first counts, but DICOM must have one. DICOM is
-    known by its first bytes, or by its name. EXIF that cannot be read leaves an image as it is stored.
+    Transparent pixels become white. Of several frames or pages the first counts, of DICOM's the middle one. DICOM is
+    known by its first bytes, or by its name. EXIF that cannot be read leaves an image as it is stored. Waits where
+    other threads decode so much that there is no memory for this one.
 
     Raises:
         DataError: names `path`; not an image, truncated, or too large.
@@ -81,10 +95,10 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Ima
     """
     try:
         if is_dicom(data) or path.suffix.lower() in DICOM_SUFFIXES:
-            return read_dicom(data, path, window)
-        with Image.open(io.BytesIO(data)) as image:
-            return _upright(image, _as_rgb(image, path, window))
-    except (ConfigError, DataError):
+            return _of_dicom(read_dicom(data, path, window))
+        with Image.open(io.BytesIO(data)) as stored:
+            return _decoded(stored, path, window)
+    except (ConfigError, DataError, ImportError):  # the last is no file's fault
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: has more pixels than Pillow reads safely ({error}); scale it down") from error
@@ -93,15 +107,35 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Ima
         raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or move it away") from error
 
 
-def _as_rgb(image: Image.Image, path: Path, window: tuple[int, int] | None) -> Image.Image:
-    if image.mode in _DEEP_MODES or image.mode.startswith("I;"):
-        values: npt.NDArray[np.generic] = np.asarray(image)
-        return Image.fromarray(to_grey(values, path, window)).convert("RGB")
+def _of_dicom(frame: Frame) -> Decoded:
+    return Decoded(frame.image, facts_of(frame.image, frame.frames, frame.below, frame.above))
+
+
+def _decoded(stored: Image.Image, path: Path, window: tuple[int, int] | None) -> Decoded:
+    deep = stored.mode in _DEEP_MODES or stored.mode.startswith("I;")
+    with DECODING.taken(_BYTES[deep] * stored.width * stored.height):
+        if not deep:
+            image = _upright(stored, _as_rgb(stored))
+            return Decoded(image, facts_of(image, _frames(stored)))
+        windowed = to_grey(np.asarray(stored), path, window)
+        image = _upright(stored, Image.fromarray(windowed.values).convert("RGB"))
+        return Decoded(image, facts_of(image, _frames(stored), windowed.below, windowed.above))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         over = image.convert("RGBA")
         white = Image.new("RGBA", over.size, "white")
         return Image.alpha_composite(white, over).convert("RGB")
     return image.convert("RGB")
+
+
+def _frames(stored: Image.Image) -> int:
+    """How many there are, as far as they can be read: the first, which counts, was."""
+    try:
+        return int(getattr(stored, "n_frames", 1))
+    except Exception:  # Pillow's decoders raise whatever a broken file makes them raise
+        return 1
 
 
 def _upright(stored: Image.Image, image: Image.Image) -> Image.Image:

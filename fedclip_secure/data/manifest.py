@@ -6,19 +6,23 @@ The first row names the columns. All images of one patient share a unit, and so 
 from __future__ import annotations
 
 import csv
+import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedclip_secure import canonical
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, composed, decomposed, near, some
 from fedclip_secure.data.dataset import ImageFile
-from fedclip_secure.data.patients import normalised, warn_of_likes
+from fedclip_secure.data.patients import unit_of, warn_of_likes
 from fedclip_secure.errors import DataError
-from fedclip_secure.names import Normalisation
+from fedclip_secure.files import is_of_windows
+from fedclip_secure.names import Column, Normalisation
 
 _LISTED_FAULTS = 10
+_PATIENT = r"patient|subject|\bmrn\b|\bpid\b"  # in the name of a column
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +38,23 @@ def read_manifest(
     root: Path,
     classes: Sequence[str],
     absent_classes: Sequence[str] = (),
+    *,
     normalise: Collection[Normalisation] = (),
+    columns: Mapping[Column, str] | None = None,
 ) -> list[ImageFile]:
     """Read `path,label[,patient]`: image file under `root`, class folder of the plan, patient; in the file's order.
 
-    UTF-8, with or without a byte order mark, with any line ends. Without a patient column each image is
-    a unit of its own. `absent_classes` are the plan's classes that need no row, `normalise` is what ids of patients
-    may differ in; those that differ in more of the kind are named in the log.
+    UTF-8, with or without a byte order mark, with any line ends. `columns` says what the three are called there, where
+    they are called otherwise; an empty name says that there is no such column. Other columns are not read, which the
+    log says. Without patients each image is a unit of its own. `absent_classes` are the plan's classes that need no
+    row, `normalise` is what ids of patients may differ in; those that differ in more of the kind are named in the log.
 
     Raises:
         DataError: not such a file; faulty rows, the first ten by line; a class without any row.
     """
     check_absent(absent_classes, classes)
     numbers = {composed(name): number for number, name in enumerate(classes)}
-    rows, faults = _rows(path, root, ("path", "label"), ("patient",))
+    rows, faults = _rows(path, root, _Header(("path", "label"), ("patient",), columns or {}, "data.columns"))
     for row in rows:
         if row.label not in numbers:
             faults.append((row.line, f"label {row.label!r} is no class of the plan{near([row.label], classes)}"))
@@ -57,20 +64,25 @@ def read_manifest(
     if missing:
         raise DataError(f"{path}: no image of class(es) {some(missing)}; add some, or {NAME_ABSENT}")
     warn_of_likes(path, (row.patient for row in rows), normalise)
-    return [ImageFile(Path(stored_as(row.path)), numbers[row.label], _unit(row.patient, normalise)) for row in rows]
+    return [ImageFile(Path(stored_as(row.path)), numbers[row.label], unit_of(row.patient, normalise)) for row in rows]
 
 
 def with_patients(
-    files: Sequence[ImageFile], path: Path, root: Path, normalise: Collection[Normalisation] = ()
+    files: Sequence[ImageFile],
+    path: Path,
+    root: Path,
+    *,
+    normalise: Collection[Normalisation] = (),
+    columns: Mapping[Column, str] | None = None,
 ) -> list[ImageFile]:
     """`files` with the units that `path,patient` rows give them; rows of other files are ignored.
 
-    `normalise` is as for `read_manifest`.
+    `normalise` and `columns` are as for `read_manifest`.
 
     Raises:
         DataError: not such a file; faulty rows; images that no row names, the first ten.
     """
-    rows, faults = _rows(path, root, ("path", "patient"), ())
+    rows, faults = _rows(path, root, _Header(("path", "patient"), (), columns or {}, "data.patients.columns"))
     _refuse(path, faults)
     patients = {composed(row.path): row.patient for row in rows}
     places = [composed(os.path.normpath(file.path)) for file in files]
@@ -81,7 +93,7 @@ def with_patients(
             "add a row for each, for a patient's images must not be torn apart"
         )
     warn_of_likes(path, patients.values(), normalise)
-    units = [_unit(patients[place], normalise) for place in places]
+    units = [unit_of(patients[place], normalise) for place in places]
     return [replace(file, unit=unit) for file, unit in zip(files, units, strict=True)]
 
 
@@ -90,25 +102,34 @@ def stored_as(path: str) -> str:
     return next((form for form in (path, composed(path), decomposed(path)) if os.path.lexists(form)), path)
 
 
-def _unit(patient: str, normalise: Collection[Normalisation]) -> bytes | None:
-    return canonical.digest("fedclip/v1/patient", normalised(patient, normalise)) if patient else None
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Which columns are wanted; `named` says what they are called, and `key` where a person says so."""
+
+    needed: Sequence[Column]
+    optional: Sequence[Column]
+    named: Mapping[Column, str]
+    key: str
+
+    def called(self, name: Column) -> str:
+        """What a wanted column is called in the file; empty: there is none."""
+        return self.named.get(name, name)
 
 
-def _rows(
-    path: Path, root: Path, needed: Sequence[str], optional: Sequence[str]
-) -> tuple[list[_Row], list[tuple[int, str]]]:
+def _rows(path: Path, root: Path, header: _Header) -> tuple[list[_Row], list[tuple[int, str]]]:
     """The well-formed rows, and what is wrong with the others, by line."""
     rows, faults, seen = list[_Row](), list[tuple[int, str]](), dict[str, int]()
     lines = _read(path)
-    columns = _columns(path, next(lines, (1, []))[1], needed, optional)
+    first = next(lines, (1, []))[1]
+    places = _places(path, first, header)
     for line, cells in lines:
-        fault = _fault(cells, columns)
+        fault = _fault(cells, first, places)
         if fault is None:
-            named = dict(zip(columns, cells, strict=True))
-            where = os.path.normpath(root / named["path"])
+            named = {name: cells[place] for name, place in places.items()}
+            where, fault = _where(root, named["path"])
             if composed(where) in seen:
                 fault = f"path {named['path']!r} stands in line {seen[composed(where)]} already"
-            else:
+            elif fault is None:
                 seen[composed(where)] = line
                 rows.append(_Row(line, where, composed(named.get("label", "")), named.get("patient", "")))
         if fault is not None:
@@ -116,6 +137,16 @@ def _rows(
     if not rows and not faults:
         raise DataError(f"{path}: has no rows below its header; list the images there")
     return rows, faults
+
+
+def _where(root: Path, cell: str) -> tuple[str, str | None]:
+    """The file that a path means here, and what is wrong with the path."""
+    plain = os.path.normpath(root / cell)
+    if os.name == "nt" or os.path.lexists(plain):
+        return plain, None
+    if is_of_windows(cell):
+        return plain, f"path {cell!r} is one of Windows; write it from the folder of `data.root` in silo.yaml on"
+    return os.path.normpath(root / Path(cell.replace("\\", "/")).expanduser()), None
 
 
 def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -135,24 +166,49 @@ def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check `data` in silo.yaml") from error
 
 
-def _columns(path: Path, header: list[str], needed: Sequence[str], optional: Sequence[str]) -> list[str]:
-    names = (*needed, *optional)
-    unknown = [name for name in header if name not in names]
-    if unknown or len(set(header)) != len(header) or not set(needed) <= set(header):
-        form = ",".join(needed) + "".join(f"[,{name}]" for name in optional)
+def _places(path: Path, header: list[str], wanted: _Header) -> dict[Column, int]:
+    """Where each wanted column stands, by our name of it."""
+    called = {name: wanted.called(name) for name in (*wanted.needed, *wanted.optional) if wanted.called(name)}
+    twice = {name for name in called.values() if header.count(name) > 1}
+    must = {*wanted.needed, *wanted.named}
+    lacking = [name for name in called if called[name] not in header and name in must]
+    others = [name for name in header if name not in called.values()]
+    if lacking or twice:
+        form = ",".join(called[name] for name in wanted.needed)
+        form += "".join(f"[,{called[name]}]" for name in wanted.optional if name in called)
         raise DataError(
             f"{path}: its first line must be {form}, separated by commas, "
-            f"found {','.join(header)[:100] or 'nothing'}{near(unknown, names)}; rename or remove the other columns"
+            f"found {','.join(header)[:100] or 'nothing'}{near(others, list(called.values()))}; rename the columns, or "
+            f"say in silo.yaml what they are called there: `{wanted.key}: {{{_example(lacking or [*twice], others)}}}`"
         )
-    return header
+    _check_patients(path, others, wanted, called)
+    if others:
+        _log.warning("%s: column(s) that are not read: %s", path, some(others))
+    return {name: header.index(called[name]) for name in called if called[name] in header}
 
 
-def _fault(cells: list[str], columns: Sequence[str]) -> str | None:
-    if len(cells) != len(columns):
-        return f"has {len(cells)} cell(s), must have {len(columns)} ({','.join(columns)}); quote text that holds commas"
-    if not all(cell.isprintable() for cell in cells):
+def _example(lacking: Sequence[str], others: Sequence[str]) -> str:
+    return f"{lacking[0]}: {others[0] or 'NAME'}" if others else f"{lacking[0]}: NAME"
+
+
+def _check_patients(path: Path, others: Sequence[str], wanted: _Header, called: Mapping[Column, str]) -> None:
+    """A column of patients that is overlooked would tear their images apart."""
+    if "patient" not in wanted.optional or called.get("patient", "") in ("", *others):
+        return
+    likely = [name for name in others if re.search(_PATIENT, name, re.IGNORECASE) or near([name], ["patient"])]
+    if likely:
+        raise DataError(
+            f"{path}: column {likely[0]!r} seems to name patients, and is not read; set `{wanted.key}: "
+            f"{{patient: {likely[0]}}}` in silo.yaml, or `data.patients: none` if each image is to count by itself"
+        )
+
+
+def _fault(cells: list[str], header: Sequence[str], places: Mapping[Column, int]) -> str | None:
+    if len(cells) != len(header):
+        return f"has {len(cells)} cell(s), must have {len(header)} ({','.join(header)}); quote text that holds commas"
+    if not all(cells[place].isprintable() for place in places.values()):
         return "holds control characters"
-    empty = [name for name, cell in zip(columns, cells, strict=True) if not cell]
+    empty = [name for name, place in places.items() if not cells[place]]
     return f"has no {' and no '.join(empty)}" if empty else None
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fedclip_secure import canonical
 from fedclip_secure.data.classes import composed
 from fedclip_secure.names import Normalisation
 
@@ -33,6 +34,16 @@ def normalised(patient: str, how: Collection[Normalisation]) -> str:
     return patient
 
 
+def unit_of(patient: str, how: Collection[Normalisation]) -> bytes | None:
+    """32 bytes that stand for a patient: all that is kept of an id. None where there is no id."""
+    return canonical.digest("fedclip/v1/patient", normalised(patient, how)) if patient else None
+
+
+def alike(patient: str) -> str:
+    """The id without all that ids of one patient are found to differ in."""
+    return composed(normalised(patient, _STEPS))
+
+
 def warn_of_likes(path: Path, patients: Iterable[str], how: Collection[Normalisation]) -> None:
     """Name in the log ids that stay apart under `how` and differ by case, zeros or encoded letters alone."""
     groups = likes(patients, how)
@@ -47,7 +58,7 @@ def warn_of_likes(path: Path, patients: Iterable[str], how: Collection[Normalisa
 
 def likes(patients: Iterable[str], how: Collection[Normalisation]) -> list[Sequence[str]]:
     """Groups of ids, in order, that are different under `how` and the same under all that there is."""
-    alike = defaultdict[str, dict[str, str]](dict)
+    groups = defaultdict[str, dict[str, str]](dict)
     for patient in sorted(set(patients)):
-        alike[composed(normalised(patient, _STEPS))].setdefault(normalised(patient, how), patient)
-    return [tuple(group.values()) for group in alike.values() if len(group) > 1]
+        groups[alike(patient)].setdefault(normalised(patient, how), patient)
+    return [tuple(group.values()) for group in groups.values() if len(group) > 1]

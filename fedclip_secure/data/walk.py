@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ class Walk:
     """What a folder holds at any depth. Texts are paths under it: a Path for each would cost seconds in a million."""
 
     files: list[str] = field(default_factory=list)  # rising
-    housekeeping: Counter[str] = field(default_factory=Counter)  # name: how often it was passed over
+    passed_over: list[str] = field(default_factory=list)  # hidden files and folders, and a system's own
     dangling: list[str] = field(default_factory=list)  # links to what is not there
 
 
@@ -72,20 +71,31 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def looked_at(look: Callable[[], T], path: str | Path) -> T:
-    """What `look` gives; where a share or a disk hiccups, after some tries.
+    """What `look` gives, patiently.
 
     Raises:
         DataError: names `path`, the fault, and what to do about it.
     """
-    for wait in (*PATIENCE, None):
+    try:
+        return patiently(look)
+    except OSError as error:
+        raise DataError(f"'{path}': cannot be read ({error.strerror}); {remedy(error)}") from error
+
+
+def patiently(look: Callable[[], T]) -> T:
+    """What `look` gives; where a share or a disk hiccups, after some tries.
+
+    Raises:
+        OSError: the last try's.
+    """
+    for wait in PATIENCE:
         try:
             return look()
         except OSError as error:
-            if error.errno in PASSING and wait is not None:
-                time.sleep(wait)
-                continue
-            raise DataError(f"'{path}': cannot be looked at ({error.strerror}); {remedy(error)}") from error
-    raise AssertionError  # the last try returns or raises
+            if error.errno not in PASSING:
+                raise
+        time.sleep(wait)
+    return look()
 
 
 def remedy(error: OSError) -> str:
@@ -107,8 +117,7 @@ def _entries(here: str) -> list[os.DirEntry[str]]:
 
 def _take(entry: os.DirEntry[str], found: Walk, waiting: list[str]) -> None:
     if is_housekeeping(entry.name):
-        if not entry.name.startswith("."):
-            found.housekeeping[entry.name] += 1
+        found.passed_over.append(entry.path)
     elif looked_at(entry.is_dir, entry.path):
         waiting.append(entry.path)
     elif entry.is_symlink() and not Path(entry.path).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,17 @@ import numpy.typing as npt
 from fedclip_secure.errors import ConfigError, DataError
 
 
-def to_grey(values: npt.NDArray[np.generic], path: Path, window: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
-    """Map `values` (H, W) from `window` [low, high] to 0..255, cut off at both ends; (H, W) uint8.
+@dataclass(frozen=True, slots=True, eq=False)
+class Windowed:
+    """`values` (H, W) uint8, and the shares of pixels, 0..1, that lay below and above the window."""
+
+    values: npt.NDArray[np.uint8]
+    below: float
+    above: float
+
+
+def to_grey(values: npt.NDArray[np.generic], path: Path, window: tuple[int, int] | None) -> Windowed:
+    """Map `values` (H, W) from `window` [low, high] to 0..255, cut off at both ends.
 
     Raises:
         ConfigError: the plan has no window.
@@ -26,7 +36,8 @@ def to_grey(values: npt.NDArray[np.generic], path: Path, window: tuple[int, int]
             "counts; ask the coordinator to set `model.image_window: [low, high]`"
         )
     low, high = window
+    below, above = float((wide < low).mean()), float((wide > high).mean())
     wide -= low
     wide *= 255.0 / (high - low)
     np.clip(wide, 0.0, 255.0, out=wide)
-    return np.rint(wide, out=wide).astype(np.uint8)
+    return Windowed(np.rint(wide, out=wide).astype(np.uint8), below, above)

@@ -1,4 +1,4 @@
-"""Images that cannot be used: how they are told, listed and left out."""
+"""Images that cannot be used: how they are told, and how many may be left out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fedclip_secure.data.dataset import UNLABELLED, ImageFile
 from fedclip_secure.errors import DataError
-from fedclip_secure.files import write_atomically
 
 _LISTED = 10
 
@@ -21,19 +20,6 @@ class Broken:
     number: int
     path: Path
     reason: str  # begins with the path
-
-
-def check_none_broken(broken: Sequence[Broken]) -> None:
-    """Refuse any broken image.
-
-    Raises:
-        DataError: names the first ten.
-    """
-    if broken:
-        raise DataError(
-            f"{len(broken)} image(s) cannot be used; all others are in the cache. "
-            f"Replace these or move them away, and run again:\n{first_of(broken)}"
-        )
 
 
 def check_classes_left(files: Sequence[ImageFile], broken: Sequence[Broken]) -> None:
@@ -49,26 +35,13 @@ def check_classes_left(files: Sequence[ImageFile], broken: Sequence[Broken]) -> 
             of_class = [image for image in broken if files[image.number].label == label]
             raise DataError(
                 f"none of the {count} image(s) of a class can be used; all others are in the cache. "
-                f"Check the disk and `data` in silo.yaml, and run again:\n{first_of(of_class)}"
+                f"Check the disk and `data` in silo.yaml, and run again:\n{_first_of(of_class)}"
             )
 
 
-def first_of(broken: Sequence[Broken]) -> str:
+def _first_of(broken: Sequence[Broken]) -> str:
     """The first ten reasons, one to a line, and how many more."""
     lines = [f"  {image.reason}" for image in broken[:_LISTED]]
     if len(broken) > _LISTED:
         lines.append(f"  and {len(broken) - _LISTED} more")
     return "\n".join(lines)
-
-
-def write_list(path: Path, broken: Sequence[Broken]) -> None:
-    """Write one line for each broken image; without any, remove an earlier list.
-
-    Raises:
-        DataError: `path` cannot be written.
-    """
-    if broken:
-        text = "".join(" ".join(image.reason.splitlines()) + "\n" for image in broken)
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))
-    else:
-        path.unlink(missing_ok=True)

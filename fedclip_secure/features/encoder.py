@@ -31,6 +31,7 @@ from fedclip_secure.features.vision_only import load_vision_only, settle_vision_
 Floats = npt.NDArray[np.float32]
 _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEPTH_RULE = "grey of up to 8 bits as it is"  # how images under a window became 8-bit, for features that are kept
 _NO_LIMIT = sys.maxsize
 
 
@@ -82,7 +83,7 @@ class Encoder:
             lock.network,
             lock.weights_sha256,
             lock.preprocessing.model_dump(mode="json"),
-            None if window is None else list(window),
+            None if window is None else [*window, _DEPTH_RULE],
             precision,
         )
 

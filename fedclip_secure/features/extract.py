@@ -18,10 +18,12 @@ import torch
 
 from fedclip_secure import canonical
 from fedclip_secure.data.dataset import FeatureSet, Floats, ImageFile
+from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.image import decode_image
+from fedclip_secure.data.walk import PASSING, patiently, remedy
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.batch import batch_size as fitting_batch_size
-from fedclip_secure.features.broken import Broken, check_classes_left, check_none_broken
+from fedclip_secure.features.broken import Broken, check_classes_left
 from fedclip_secure.features.cache import FeatureCache
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.index import Contents, FileIndex, read_contents
@@ -38,22 +40,25 @@ _MAX_DECODERS = 16  # threads; the encoder is the slower half on all but the lar
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extraction:
-    """The features of all images that could be used, and the `broken` ones that were left out."""
+    """The features of all images that could be used, and the `broken` ones that were left out.
+
+    `facts` are those of the used images, in their order.
+    """
 
     features: FeatureSet
     broken: list[Broken]
+    facts: list[ImageFacts]
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
-    """`verify`: read every file again, whatever the index says. `strict`: refuse broken images.
+    """`verify`: read every file again, whatever the index says.
 
     `batch_size` is in images; None: what the device's memory holds. `stage`: how far the encoder runs. `apart`: no bit
     of an image's features may depend on other images (`seats.py`), which takes a cache of its own.
     """
 
     verify: bool = False
-    strict: bool = False
     batch_size: int | None = None
     stage: Stage = FEATURES
     apart: bool = False
@@ -61,12 +66,13 @@ class ExtractOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """What became of one file; `image` is None where the cache has its features already."""
+    """What became of one file; `image` is None where the cache has its features, `facts` where the index has them."""
 
     number: int  # in the list of files
-    contents: Contents | None
-    image: torch.Tensor | None
-    fault: Broken | None
+    contents: Contents | None = None
+    image: torch.Tensor | None = None
+    facts: ImageFacts | None = None
+    fault: Broken | None = None
 
 
 def extract(
@@ -81,30 +87,36 @@ def extract(
     after shard: a run that was killed goes on from its last shard.
 
     Raises:
-        DataError: no files; no image of a class can be used, or with `strict` any image cannot, and then
-            all others are cached first; the disk is full.
+        DataError: no files; no image of a class can be used, and then all others are cached first; a disk fails.
         ConfigError: an image needs a window that the plan lacks, or a package.
         ModelError: the device has too little memory.
     """
     if not files:
         raise DataError("there are no images to encode; check `data` in silo.yaml")
-    keys, cache, broken = _encoded(files, encoder, folder, show, replace(options, stage=FEATURES))
-    if options.strict:
-        check_none_broken(broken)
-    check_classes_left(files, broken)
-    found = _gather(files, keys, cache)
+    done = _encoded(files, encoder, folder, show, replace(options, stage=FEATURES))
+    check_classes_left(files, done.broken)
+    found, usable = _gather(files, done.keys, done.cache), [key for key in done.keys if key is not None]
     if options.stage != FEATURES:
-        again, inputs, _ = _encoded(files, encoder, folder, show, replace(options, verify=False))
-        if again != keys:
+        again = _encoded(files, encoder, folder, show, replace(options, verify=False))
+        if again.keys != done.keys:
             raise DataError(f"{found.source}: images were changed while they were read; run again")
-        found = replace(found, inputs=inputs.gather([key for key in keys if key is not None]))
-    return Extraction(found, broken)
+        found = replace(found, inputs=again.cache.gather(usable))
+    return Extraction(found, done.broken, [done.facts[key] for key in usable])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Done:
+    """`keys` of the files' contents, None for a broken one; the cache that has all of them, and their facts."""
+
+    keys: list[bytes | None]
+    cache: FeatureCache
+    facts: dict[bytes, ImageFacts]
+    broken: list[Broken]
 
 
 def _encoded(
     files: Sequence[ImageFile], encoder: Encoder, folder: Path, show: ShowProgress, options: ExtractOptions
-) -> tuple[list[bytes | None], FeatureCache, list[Broken]]:
-    """The key of each file's content, None for a broken one; the cache that has all of them; the broken ones."""
+) -> _Done:
     digest = encoder.digest_of(options.stage)
     if options.apart:
         digest = canonical.digest("fedclip/v1/features-apart", digest, encoder.device.type)
@@ -113,9 +125,9 @@ def _encoded(
         keys: list[bytes | None] = [None] * len(files)
         if not options.verify:
             keys = index.known([file.path for file in files])
-        todo = [number for number, key in enumerate(keys) if key is None or key not in cache]
-        meter = Meter(len(files), len(files) - len(todo), show)
         work, waiting, broken = _Work(encoder, options, cache, index), 0, list[Broken]()
+        todo = [number for number, key in enumerate(keys) if key is None or not work.has(key)]
+        meter = Meter(len(files), len(files) - len(todo), show)
         for batch in _stored(todo, files, work):
             faults = [read.fault for read in batch if read.fault]
             for read in batch:
@@ -124,7 +136,7 @@ def _encoded(
             found = sum(read.image is None and read.fault is None for read in batch)
             meter.advance(len(batch) + waiting - work.waiting, cached=found, broken=len(faults))
             waiting = work.waiting
-    return keys, cache, broken
+    return _Done(keys, cache, work.facts, broken)
 
 
 def _stored(todo: Sequence[int], files: Sequence[ImageFile], work: _Work) -> Iterator[list[_Read]]:
@@ -149,9 +161,16 @@ class _Work:
 
     def __init__(self, encoder: Encoder, options: ExtractOptions, cache: FeatureCache, index: FileIndex) -> None:
         self.encoder, self.cache, self._options, self._index = encoder, cache, options, index
+        self._decoding = canonical.digest("fedclip/v1/decoding", None if encoder.window is None else [*encoder.window])
+        self.facts = index.facts(self._decoding)
         self._rows: dict[bytes, Floats] = {}  # encoded and not stored yet
         self._seen: list[Contents] = []
+        self._looked_at: dict[bytes, ImageFacts] = {}  # and not stored yet
         self._stored = time.monotonic()
+
+    def has(self, key: bytes) -> bool:
+        """Whether all that is wanted of these contents is there."""
+        return key in self.cache and key in self.facts
 
     @cached_property
     def batch_size(self) -> int:
@@ -182,6 +201,9 @@ class _Work:
             rows = self._encode(torch.stack(list(fresh.values())))
             self._rows.update(zip(fresh, rows, strict=True))
         self._seen += [read.contents for read in batch if read.contents]
+        facts = {read.contents.sha256: read.facts for read in batch if read.contents and read.facts}
+        self.facts.update(facts)
+        self._looked_at.update(facts)
         if len(self._seen) >= _SHARD_IMAGES or time.monotonic() - self._stored >= _SHARD_SECONDS:
             self._flush()
 
@@ -200,9 +222,10 @@ class _Work:
 
     def _flush(self) -> None:
         self._index.add(self._seen)
+        self._index.add_facts(self._looked_at, self._decoding)
         if self._rows:
             self.cache.add(list(self._rows), np.stack(list(self._rows.values())))
-        self._rows, self._seen, self._stored = {}, [], time.monotonic()
+        self._rows, self._seen, self._looked_at, self._stored = {}, [], {}, time.monotonic()
 
 
 def _read_ahead(todo: Sequence[int], files: Sequence[ImageFile], work: _Work, ahead: int) -> Iterator[_Read]:
@@ -221,16 +244,21 @@ def _read_ahead(todo: Sequence[int], files: Sequence[ImageFile], work: _Work, ah
 
 
 def _read(number: int, path: Path, work: _Work) -> _Read:
+    """A disk that fails ends the run by its name: nothing is known then about the picture."""
     contents = None
     try:
-        contents, data = read_contents(path)
-        if contents.sha256 in work.cache:
-            return _Read(number, contents, None, None)
-        return _Read(number, contents, work.encoder.transform(decode_image(data, path, work.encoder.window)), None)
+        contents, data = patiently(lambda: read_contents(path))
+        if work.has(contents.sha256):
+            return _Read(number, contents)
+        decoded = decode_image(data, path, work.encoder.window)
+        image = None if contents.sha256 in work.cache else work.encoder.transform(decoded.image)
+        return _Read(number, contents, image, decoded.facts)
     except DataError as error:
-        return _Read(number, contents, None, Broken(number, path, str(error)))
+        return _Read(number, contents, fault=Broken(number, path, str(error)))
     except OSError as error:
-        return _Read(number, None, None, Broken(number, path, f"{path}: cannot be read ({error.strerror})"))
+        if error.errno in PASSING:
+            raise DataError(f"'{path}': cannot be read ({error.strerror}); {remedy(error)}") from error
+        return _Read(number, fault=Broken(number, path, f"{path}: cannot be read ({error.strerror})"))
 
 
 def _gather(files: Sequence[ImageFile], keys: Sequence[bytes | None], cache: FeatureCache) -> FeatureSet:

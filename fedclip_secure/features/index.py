@@ -1,4 +1,4 @@
-"""Which file had which SHA-256 when it was last read, so that an unchanged one is not read again."""
+"""What was found in each file when it was last read, so that an unchanged one is not read again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -21,6 +22,14 @@ _WAIT = 60.0  # seconds that another process's write is waited for
 # A file written twice within one tick of its file system's clock keeps its mtime; FAT's tick, the longest, is two
 # seconds. One that was modified so lately is not put into the index.
 _SETTLED_NS = 2_000_000_000
+_TABLES = (
+    "files (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB)",
+    # What is seen of an image depends on its bytes and on how they are decoded.
+    "facts (sha256 BLOB, decoding BLOB, width INTEGER, height INTEGER, frames INTEGER, below REAL, above REAL, "
+    "span INTEGER, PRIMARY KEY (sha256, decoding))",
+    # Patients are kept as hashes alone. `alike`: without regard to case and zeros; both are empty without a patient.
+    "patients (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, normalise TEXT, unit BLOB, alike BLOB)",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +62,19 @@ def read_contents(path: Path) -> tuple[Contents, bytes]:
     return Contents(path, hashlib.sha256(data).digest(), after.st_size, after.st_mtime_ns, settled), data
 
 
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """Whose an image is, by hashes; both empty where it does not say.
+
+    `unit` is the same for the ids that silo.yaml lets count as one, `alike` for all that differ by case or zeros alone.
+    """
+
+    unit: bytes
+    alike: bytes
+
+
 class FileIndex:
-    """A table of (absolute path, size, mtime) -> SHA-256 in one SQLite file.
+    """Tables of (absolute path, size, mtime) -> SHA-256, and what else is known, in one SQLite file.
 
     It can always be made again from the images: a damaged one is deleted, and all files are read.
 
@@ -91,7 +111,7 @@ class FileIndex:
         # All rows at once: one query for each path takes five times as long, and paths are in memory anyway.
         with self._told():
             rows = {row[0]: row[1:] for row in self._connection.execute("SELECT * FROM files")}
-        return [_unchanged(path, rows.get(_name(path))) for path in paths]
+        return [row[2] if (row := rows.get(_name(path))) and _unchanged(path, *row[:2]) else None for path in paths]
 
     def add(self, files: Iterable[Contents]) -> None:
         """Keep what was read, but for files that had not settled: those are read again next time."""
@@ -99,12 +119,43 @@ class FileIndex:
         with self._told(), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
 
+    def facts(self, decoding: bytes) -> dict[bytes, ImageFacts]:
+        """Of each image that was seen as `decoding` (32 bytes) has it, by its SHA-256."""
+        with self._told():
+            found = self._connection.execute("SELECT * FROM facts WHERE decoding = ?", (decoding,))
+            return {row[0]: ImageFacts(*row[2:]) for row in found}
+
+    def add_facts(self, facts: Mapping[bytes, ImageFacts], decoding: bytes) -> None:
+        """Keep what was seen of images, by their SHA-256."""
+        rows = [(sha256, decoding, *astuple(one)) for sha256, one in facts.items()]
+        with self._told(), self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def patients(self, paths: Sequence[Path], normalise: str) -> list[Patient | None]:
+        """For each of `paths` its patient, where size and mtime are as they were when it was read so, else None."""
+        with self._told():
+            found = self._connection.execute("SELECT * FROM patients WHERE normalise = ?", (normalise,))
+            rows = {row[0]: row[1:] for row in found}
+        return [
+            Patient(*row[3:]) if (row := rows.get(_name(path))) and _unchanged(path, *row[:2]) else None
+            for path in paths
+        ]
+
+    def add_patients(self, patients: Iterable[tuple[Path, os.stat_result, Patient]], normalise: str) -> None:
+        """Keep whose the files are; `os.stat_result` is from before they were read."""
+        now = time.time_ns()
+        rows = [
+            (_name(path), seen.st_size, seen.st_mtime_ns, normalise, patient.unit, patient.alike)
+            for path, seen, patient in patients
+            if now - seen.st_mtime_ns >= _SETTLED_NS
+        ]
+        with self._told(), self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?, ?)", rows)
+
     def _open(self) -> None:
         self._connection = sqlite3.connect(self._path, timeout=_WAIT)
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS files "
-            "(path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB) WITHOUT ROWID"
-        )
+        for table in _TABLES:
+            self._connection.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
         ((state,),) = self._connection.execute("PRAGMA quick_check(1)").fetchall()
         if state != "ok":
             raise sqlite3.DatabaseError(state)
@@ -117,16 +168,12 @@ class FileIndex:
             raise DataError(f"{self._path}: cannot be used ({error}); free space, or delete the file") from error
 
 
-def _unchanged(path: Path, row: tuple[int, int, bytes] | None) -> bytes | None:
-    """The row's SHA-256, where `path` is as it was."""
-    if row is None:
-        return None
+def _unchanged(path: Path, size: int, mtime_ns: int) -> bool:
     try:
         status = path.stat()
     except OSError:  # reading it will say why
-        return None
-    size, mtime_ns, sha256 = row
-    return sha256 if (size, mtime_ns) == (status.st_size, status.st_mtime_ns) else None
+        return False
+    return (size, mtime_ns) == (status.st_size, status.st_mtime_ns)
 
 
 def _name(path: Path) -> bytes:

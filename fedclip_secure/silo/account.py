@@ -62,9 +62,7 @@ def run_terms(config: SiloConfig, accepted: Accepted) -> RunTerms:
 
 
 def _normalised(config: SiloConfig) -> tuple[Normalisation, ...]:
-    data = config.data
-    patients = None if isinstance(data, EmbeddingsData) else data.patients
-    return tuple(patients.normalise) if patients else ()
+    return () if isinstance(config.data, EmbeddingsData) else tuple(config.data.patients.normalise)
 
 
 def cap_of(policy: Policy) -> Cap | None:

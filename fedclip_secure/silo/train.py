@@ -74,6 +74,8 @@ async def take_part(
             async with present(link, after=0):
                 await asyncio.sleep(_FIRST_SIGN)
                 inputs = await asyncio.to_thread(_load, config, contract, progress)
+                for line in inputs.report.warnings() if inputs.report else ():
+                    say(f"{identity.name}: {line}")
                 if account is None:
                     trainer = _trainer(config, contract, inputs)
                 else:

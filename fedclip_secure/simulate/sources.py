@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from fedclip_secure.simulate.experiment import DemoSites, EmbeddingSites, Experi
 from fedclip_secure.simulate.partition import joined
 from fedclip_secure.training.inputs import load_inputs
 from fedclip_secure.training.prepare import prepare
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,9 @@ def load_sites(experiment: Experiment, sources: Sources, plan: FederationPlan, p
     contract = Contract(plan, prepare(plan, sources.home).lock)
     text = sources.home / plan.model.text_features if isinstance(plan.model, ExternalModel) else None
     found = {site: load_inputs(_config(experiment, sources, site), contract, progress, text) for site in sources.sites}
+    for site, inputs in found.items():
+        for line in inputs.report.warnings() if inputs.report else ():
+            _log.warning("%s: %s", site, line)
     one = next(iter(found.values()))
     features = {site: joined(list(inputs.splits.values())) for site, inputs in found.items()}
     return Sites(one.task, one.encoder, features, next(iter(sources.sites.values())))

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedclip_secure.config.lock import Contract, ExternalEncoder
 from fedclip_secure.config.plan import ExternalModel
-from fedclip_secure.config.silo import EmbeddingsData, FolderData, ManifestData, SiloConfig
-from fedclip_secure.data.dataset import FeatureSet, ImageFile, Task, split
-from fedclip_secure.data.embeddings import read_embeddings, read_text_features
-from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.manifest import read_manifest, with_patients
+from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.data.dataset import FeatureSet, Task, split
+from fedclip_secure.data.embeddings import read_text_features
+from fedclip_secure.data.report import DataReport
 from fedclip_secure.errors import ConfigError, ModelError
-from fedclip_secure.features.broken import first_of, write_list
 from fedclip_secure.features.checkpoint import sha256_of
 from fedclip_secure.features.encoder import Encoder, load_encoder
-from fedclip_secure.features.extract import ExtractOptions, extract
+from fedclip_secure.features.extract import ExtractOptions
 from fedclip_secure.features.progress import ShowProgress
-from fedclip_secure.features.stage import FEATURES
 from fedclip_secure.methods.registry import check_reads, find_method
-
-_log = logging.getLogger(__name__)
+from fedclip_secure.training.silo_data import read_silo_data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
     """What training and evaluation need: the task, `splits` train, validation and test, and what encodes images.
 
-    `encoder` is None where the plan's method needs none beside the records' features.
+    `encoder` is None where the plan's method needs none beside the records' features; `report` where they were not
+    read from a silo's own files.
     """
 
     task: Task
     splits: dict[str, FeatureSet]
     encoder: Encoder | None = None
+    report: DataReport | None = None
 
 
 def load_inputs(
@@ -48,8 +44,8 @@ def load_inputs(
 ) -> Inputs:
     """Load this silo's features, extracting those that its cache lacks, and cut them as the plan says.
 
-    `text_features` is the file of an external model. `verify` reads every image again. Broken images are
-    left out, with a warning in the log, and listed in `broken.txt` of the workdir.
+    `text_features` is the file of an external model. `verify` reads every image again. What was left out and what
+    is wrong with the images stands in the report.
 
     Raises:
         ConfigError: the silo's data format or device does not go with the plan's model.
@@ -62,10 +58,9 @@ def load_inputs(
     else:
         task = _external_task(contract, text_features)
     options = ExtractOptions(verify, stage=spec.stage, apart=contract.plan.privacy is not None)
-    features = _features(silo, task, encoder, progress, options)
-    shares = contract.plan.splits.model_dump()
-    kept = encoder if spec.backprop != "none" else None
-    return Inputs(task, split(features, contract.plan.federation, shares), kept)
+    data = read_silo_data(silo, contract.plan, task, encoder, progress=progress, options=options)
+    splits = split(data.features, contract.plan.federation, contract.plan.splits.model_dump())
+    return Inputs(task, splits, encoder if spec.backprop != "none" else None, data.report)
 
 
 def load_with_task(silo: SiloConfig, contract: Contract) -> tuple[Encoder, Task]:
@@ -112,39 +107,3 @@ def _external_task(contract: Contract, path: Path | None) -> Task:
         )
     features, scale = read_text_features(path, classes, lock.dim)
     return Task(classes, features, scale)
-
-
-def _features(
-    silo: SiloConfig, task: Task, encoder: Encoder | None, progress: ShowProgress, options: ExtractOptions
-) -> FeatureSet:
-    if isinstance(silo.data, EmbeddingsData):
-        if options.stage != FEATURES:
-            raise ConfigError(
-                f"silo.yaml: data.format: the plan's method takes {options.stage.kind} of images, and `embeddings` "
-                "are features; set `folder` or `manifest`"
-            )
-        return read_embeddings(Path(silo.data.path), task.classes, task.text_features.shape[1])
-    if encoder is None:
-        raise ConfigError(
-            "silo.yaml: data.format: the plan's model is external and no encoder runs here; set `embeddings`"
-        )
-    files = _image_files(silo.data, task.classes)
-    strict = replace(options, strict=silo.data.strict)
-    found = extract(files, encoder, Path(silo.workdir, "features"), progress, strict)
-    listed = Path(silo.workdir, "broken.txt")
-    write_list(listed, found.broken)
-    if found.broken:
-        _log.warning(
-            "%d of %d image(s) cannot be used and were left out; all stand in %s:\n%s",
-            len(found.broken), len(files), listed, first_of(found.broken),
-        )  # fmt: skip
-    return found.features
-
-
-def _image_files(data: FolderData | ManifestData, classes: Sequence[str]) -> list[ImageFile]:
-    path = Path(data.path)
-    if isinstance(data, ManifestData):
-        root = path.parent if data.root is None else Path(data.root)
-        return read_manifest(path, root, classes, data.absent_classes, data.patients.normalise)
-    files, patients = read_folder(path, classes, data.absent_classes), data.patients
-    return files if patients is None else with_patients(files, Path(patients.file), path, patients.normalise)

@@ -16,8 +16,8 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import ExternalModel
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data.dataset import UNLABELLED, ImageFile
-from fedclip_secure.data.image import is_image
-from fedclip_secure.data.walk import walk
+from fedclip_secure.data.folder import images_in
+from fedclip_secure.data.listing import LeftOut, Listing
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.features.broken import Broken
 from fedclip_secure.features.encoder import choose_device
@@ -42,26 +42,32 @@ class Predictions:
     broken: tuple[Broken, ...]
 
 
-def find_images(paths: Iterable[Path]) -> list[Path]:
+def find_images(paths: Iterable[Path]) -> Listing:
     """The files among `paths`, and the images under the folders among them: each once, folders in path order.
 
     A file that is named is taken as it is; in a folder, at any depth, what is an image by its extension or is DICOM.
+    What is none is listed as left out.
 
     Raises:
         DataError: there is no such file or folder, one that cannot be looked at, or no image at all.
     """
-    found = dict[Path, None]()
+    found, left_out = dict[Path, None](), dict[str, LeftOut]()
     listed = list(paths)
     for path in listed:
         if path.is_dir():
-            found.update((Path(file), None) for file in walk(path).files if is_image(file))
+            images, others = images_in(path)
+            found.update((Path(file), None) for file in images)
+            left_out.update((one.path, one) for one in others)
         elif path.is_file():
             found[path] = None
         else:
             raise DataError(f"{path}: is no file and no folder; check the path")
     if not found:
         raise DataError(f"{', '.join(map(str, listed))}: no image there, by extension; name files or another folder")
-    return list(found)
+    return Listing(
+        [ImageFile(path, UNLABELLED) for path in found],
+        [one for path, one in left_out.items() if Path(path) not in found],
+    )
 
 
 def predict(
@@ -91,8 +97,8 @@ def predict(
     with torch.inference_mode():
         for batch in batches(found.features, task, device):
             parts.append(torch.softmax(logits(batch).cpu().double(), dim=-1).numpy())  # MPS has no float64
-    left_out = {image.number for image in found.broken}
-    paths = tuple(path for number, path in enumerate(images) if number not in left_out)
+    broken = {image.number for image in found.broken}
+    paths = tuple(path for number, path in enumerate(images) if number not in broken)
     return Predictions(task.classes, paths, np.concatenate(parts), tuple(found.broken))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import shutil
 import time
@@ -68,23 +68,36 @@ def sizes(output: str) -> list[int]:
     return [int(part.split()[-1]) for part in line.removeprefix("features ready: ").split(", ")]
 
 
-def test_broken_image_is_left_out_listed_and_warned_of(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_image_is_left_out_listed_and_warned_of(lab: Lab) -> None:
     assert sum(sizes(lab.extract())) == 28
     broken = lab.images / "dog" / "torn.jpg"
     broken.write_bytes(b"torn")
-    with caplog.at_level(logging.WARNING):
-        assert sum(sizes(lab.extract())) == 28
-    assert "1 of 29 image(s) cannot be used and were left out" in caplog.text
-    listed = lab.folder / "work" / "broken.txt"
-    assert listed.read_text().startswith(f"{broken}: cannot be read as an image (not an image)")
+    said = lab.extract()
+    assert sum(sizes(said)) == 28
+    assert "1 file(s) cannot be used and were left out" in said
+    assert f"  {broken}: cannot be read as an image (not an image)" in said
+    listed = lab.folder / "work" / "left-out.csv"
+    assert f"all that was left out: {listed}" in said
+    assert listed.read_text().splitlines()[1].startswith(f"{broken},cannot be used,")
     broken.unlink()
-    lab.extract()
-    assert not listed.exists()
+    assert "left out" not in lab.extract()
+    assert listed.read_text().splitlines() == ["path,reason,detail"]
+
+
+def test_data_are_told_as_a_table_and_as_json(lab: Lab) -> None:
+    lines = lab.extract().splitlines()
+    assert lines[0].split() == ["class", "train", "validation", "test", "all"]
+    assert [line.split()[0] for line in lines[1:8]] == sorted(path.name for path in lab.images.iterdir())
+    assert all(line.split()[-1] == "4" for line in lines[1:8])
+    assert lines[8] == "patients are not known: each image counts as a patient of its own"
+    assert lines[9] == "smallest class: 'dog', 4 image(s)"
+    said = json.loads(lab.extract("--json"))
+    assert (said["used"], said["smallest_class"], said["patients"]) == (28, "dog", None)
 
 
 def test_strict_refuses_broken_images_on_the_command_line_and_in_the_file(lab: Lab) -> None:
     (lab.images / "dog" / "torn.jpg").write_bytes(b"torn")
-    lab.refused(r"1 image\(s\) cannot be used; all others are in the cache", "--strict")
+    lab.refused(r"the data are not as `strict` asks.*1 file\(s\) cannot be used.*torn\.jpg", "--strict")
     lab.set("{format: folder, path: images, strict: true}")
     lab.refused(r"torn\.jpg")
 
@@ -102,7 +115,7 @@ def test_verify_finds_what_changed_under_the_same_size_and_time(lab: Lab) -> Non
 
 
 def test_other_precision_says_what_training_needs(lab: Lab) -> None:
-    assert "precision" not in lab.extract("--precision", "fp32")
+    assert "to train on them" not in lab.extract("--precision", "fp32")
     assert "to train on them set `precision: bf16`" in lab.extract("--precision", "bf16")
     lab.refused("precision: fp16: few CPUs compute in it", "--precision", "fp16")
 

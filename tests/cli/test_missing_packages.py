@@ -68,12 +68,12 @@ def test_the_command_for_an_extra_lists_its_packages_and_never_this_one() -> Non
     listed = {line.partition(";")[0].strip() for line in requires("fedclip-secure") or () if "'silo'" in line}
     assert set(command.split('"')[1::2]) == listed
     assert {"torch>=2.6", "open-clip-torch>=3.3"} <= listed
-    assert install_command("dicom").endswith(' -m pip install "pydicom>=3"')
+    assert ' -m pip install "pydicom>=3"' in install_command("dicom")
 
 
 def test_a_path_with_a_space_stands_in_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/a folder/python")
-    assert install_command("dicom") == '"/a folder/python" -m pip install "pydicom>=3"'
+    assert install_command("dicom").startswith('"/a folder/python" -m pip install "pydicom>=3"')
 
 
 def test_only_a_missing_package_of_an_extra_is_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:

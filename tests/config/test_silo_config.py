@@ -36,7 +36,6 @@ def test_paths_beside_the_images_count_from_the_file_too(tmp_path: Path) -> None
     path.write_text("name: a\ndata: {format: folder, path: images, patients: patients.csv}\n")
     folder = read_silo(path).data
     assert isinstance(folder, FolderData)
-    assert folder.patients is not None
     assert (folder.patients.file, folder.patients.normalise) == (str(tmp_path / "patients.csv"), [])
 
 
@@ -45,7 +44,6 @@ def test_ids_of_patients_may_be_the_same_but_for_case_and_leading_zeros(tmp_path
     path.write_text(f"name: a\ndata: {{format: folder, path: images, patients: {{file: p.csv, {how}}}}}\n")
     data = read_silo(path).data
     assert isinstance(data, FolderData)
-    assert data.patients is not None
     assert (data.patients.file, data.patients.normalise) == (str(tmp_path / "p.csv"), ["casefold", "strip_zeros"])
     path.write_text(f"name: a\ndata: {{format: manifest, path: records.csv, patients: {{{how}}}}}\n")
     data = read_silo(path).data
@@ -101,11 +99,12 @@ def test_missing_file_says_what_writes_it(tmp_path: Path) -> None:
         ("name: a\ndata: {format: embeddings, path: a, absent_classes: []}", "data.absent_classes: unknown key"),
         (GOOD + "plan: x", "plan: must be sha256: and 64 digits"),
         (GOOD + "roster: sha256:AB", "roster: must be sha256: and 64 digits"),
-        ("name: a\ndata: {format: manifest, path: a, patients: b}", "data.patients: must be a mapping of keys"),
+        ("name: a\ndata: {format: manifest, path: a, patients: b}", "data.patients.file: unknown key"),
         (
-            "name: a\ndata: {format: folder, path: a, patients: {normalise: []}}",
-            "data.patients.file: is missing; add it",
+            "name: a\ndata: {format: folder, path: a, patients: {file: b, dicom: true}}",
+            "patients are named by `file` or by `dicom`, not by both; leave out one",
         ),
+        ("name: a\ndata: {format: manifest, path: a, columns: {age: b}}", "data.columns.age"),
         ("name: a\ndata: {format: folder, path: a, patients: 7}", "data.patients: must be a mapping of keys"),
         (
             "name: a\ndata: {format: folder, path: a, patients: {file: b, normalise: [lower]}}",

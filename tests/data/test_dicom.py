@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,27 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from pydicom import dcmread
+from pydicom import dcmread, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import convert_color_space
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLossless, generate_uid
+from pydicom.uid import (
+    MPEG2MPML,
+    UID,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 
 from fedclip_secure.data import dicom as dicom_reader
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.image import load_image
+from fedclip_secure.data.image import decode_image, is_image, is_picture, load_image
 from fedclip_secure.errors import ConfigError, DataError
 
 Pixels = npt.NDArray[Any]
@@ -121,7 +134,6 @@ def test_jpeg_inside_is_decoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tags", "match"),
     [
-        ({"NumberOfFrames": 2, "PixelData": bytes(8)}, "has 2 frames, and only single-frame"),
         ({"PixelData": None}, "has no pixel data"),
         ({"PixelData": bytes(2)}, "its pixels cannot be decoded"),
         ({"Rows": None}, "cannot be read as an image"),
@@ -149,6 +161,105 @@ def test_compression_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
         load_image(path, (0, 255))
 
 
+def test_middle_frame_of_several_counts(tmp_path: Path) -> None:
+    for values, middle in (((10, 20, 30), 20), ((10, 20, 30, 40), 30)):
+        frames = np.stack([np.full((2, 2), value, np.uint8) for value in values])
+        path = dicom(tmp_path / "a.dcm", frames[0], NumberOfFrames=len(values), PixelData=frames.tobytes())
+        assert grey(path, None) == [middle, middle]
+        assert decode_image(path.read_bytes(), path, None).facts.frames == len(values)
+
+
+def test_grey_of_8_bits_is_as_bright_as_a_picture_whatever_the_window(tmp_path: Path) -> None:
+    shallow = np.array([[0, 20, 221, 255]], np.uint8)
+    assert grey(dicom(tmp_path / "a.dcm", shallow), (0, 4095)) == [0, 20, 221, 255]
+    assert grey(dicom(tmp_path / "a.dcm", shallow.astype(np.uint16), BitsStored=8, HighBit=7), None) == [
+        0,
+        20,
+        221,
+        255,
+    ]
+    inverted = dicom(tmp_path / "a.dcm", shallow, PhotometricInterpretation="MONOCHROME1")
+    assert grey(inverted, (0, 4095)) == [255, 235, 34, 0]
+    rescaled = dicom(tmp_path / "a.dcm", shallow, RescaleSlope="16", RescaleIntercept="0")
+    assert grey(rescaled, (0, 4095)) == [0, 20, 220, 254], "in the units of the window"
+
+
+@pytest.mark.parametrize("tag", ["RescaleSlope", "RescaleIntercept"])
+def test_empty_slope_or_intercept_is_none(tmp_path: Path, tag: str) -> None:
+    tags: dict[str, Any] = {"RescaleSlope": "1", "RescaleIntercept": "0", tag: ""}
+    assert grey(dicom(tmp_path / "a.dcm", np.array([[0, 4095]], np.uint16), **tags), (0, 4095)) == [0, 255]
+
+
+def test_file_without_a_preamble_is_read(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", np.array([[0, 4095]], np.uint16))
+    path.write_bytes(path.read_bytes()[132:])
+    assert grey(path, (0, 4095)) == [0, 255]
+
+
+@pytest.mark.parametrize("name", ["IM000001", "1.2.840.113619.2.55", "scan.IMA", "scan.dicom", "x.DCM"])
+def test_file_is_dicom_by_what_it_begins_with(tmp_path: Path, name: str) -> None:
+    path = dicom(tmp_path / name, np.array([[0, 255]], np.uint8))
+    assert is_image(str(path))
+    assert not is_picture(path)
+    assert grey(path, None) == [0, 255]
+
+
+DEEP = np.random.default_rng(1).integers(0, 4096, (32, 32), dtype=np.uint16)
+LOSSLESS = [JPEGLSLossless, JPEG2000Lossless, RLELossless]
+
+
+@pytest.mark.parametrize("syntax", LOSSLESS, ids=lambda syntax: syntax.name)
+def test_lossless_compression_is_read_bit_for_bit(tmp_path: Path, syntax: UID) -> None:
+    plain = dicom(tmp_path / "plain.dcm", DEEP, BitsStored=12, HighBit=11)
+    file = dcmread(plain)
+    file.compress(syntax)
+    file.save_as(tmp_path / "small.dcm")
+    images = [np.asarray(load_image(tmp_path / name, (0, 4095))) for name in ("plain.dcm", "small.dcm")]
+    assert (images[0] == images[1]).all()
+
+
+def test_decoders_of_every_compression_in_common_use_are_there() -> None:
+    """Those of the extra `dicom`."""
+    for name in (
+        "JPEGBaseline8Bit", "JPEGExtended12Bit", "JPEGLossless", "JPEGLosslessSV1", "JPEGLSLossless",
+        "JPEGLSNearLossless", "JPEG2000Lossless", "JPEG2000", "HTJ2KLossless", "RLELossless",
+    ):  # fmt: skip
+        assert get_decoder(getattr(uid, name)).is_available, name
+
+
+def test_compression_that_a_package_would_read_is_told_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    junk = encapsulate([b"\xff\xd8junk"])
+    path = dicom(tmp_path / "a.dcm", np.zeros((2, 2), np.uint16), JPEGLossless, PixelData=junk)
+    monkeypatch.setattr(get_decoder(JPEGLossless), "_available", {})
+    with pytest.raises(
+        ConfigError,
+        match=r"as JPEG Lossless.*no decoder for that is installed \(gdcm.*run `.* -m pip install \"pydicom>=3\" ",
+    ):
+        load_image(path, (0, 255))
+
+
+def test_film_is_refused_by_the_name_of_its_compression(tmp_path: Path) -> None:
+    path = dicom(
+        tmp_path / "a.dcm", COLOUR, MPEG2MPML, PhotometricInterpretation="YBR_FULL_422", PixelData=encapsulate([b"x"])
+    )
+    with pytest.raises(DataError, match=r"is compressed as MPEG2 Main Profile / Main Level .*, which is not read"):
+        load_image(path, None)
+
+
+def test_decoders_that_fail_leave_no_traceback_in_the_log(tmp_path: Path) -> None:
+    kept = io.StringIO()
+    handler = logging.StreamHandler(kept)
+    logging.getLogger().addHandler(handler)
+    path = dicom(tmp_path / "a.dcm", np.zeros((2, 2), np.uint16), JPEGLSLossless, PixelData=encapsulate([b"junk"]))
+    with pytest.raises(DataError) as caught:
+        load_image(path, (0, 255))
+    assert "\n" not in str(caught.value)
+    logging.getLogger().removeHandler(handler)
+    assert not kept.getvalue()
+
+
 @pytest.mark.parametrize("data", [b"", b"no dicom", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICM" + b"\xff" * 60])
 def test_file_that_is_no_dicom_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.dcm"
@@ -167,13 +278,15 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
 def test_missing_package_is_told_and_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = dicom(tmp_path / "a.dcm", np.ones((2, 2), np.uint16))
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ConfigError, match=r"is DICOM: the package 'pydicom' is not .* -m pip install \"pydicom>=3\"`$"):
+    with pytest.raises(
+        ConfigError, match=r"is DICOM: the package 'pydicom' is not .* -m pip install \"pydicom>=3\" .*`$"
+    ):
         load_image(path, (0, 255))
 
 
 def test_nothing_about_the_patient_is_parsed(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", np.ones((2, 2), np.uint16))
-    found = dicom_reader._parse(path.read_bytes(), path)
+    found = dicom_reader._parse(io.BytesIO(path.read_bytes()), path, dicom_reader._TAGS)
     assert "PatientName" in dcmread(path)
     assert "PixelData" in found
     assert "PatientName" not in found
@@ -183,4 +296,4 @@ def test_nothing_about_the_patient_is_parsed(tmp_path: Path) -> None:
 def test_folders_list_dicom_files(tmp_path: Path) -> None:
     for name in ("cat/a.DCM", "dog/b.dcm"):
         dicom(tmp_path / name, np.ones((2, 2), np.uint16))
-    assert [file.path.name for file in read_folder(tmp_path, ("cat", "dog"))] == ["a.DCM", "b.dcm"]
+    assert [file.path.name for file in read_folder(tmp_path, ("cat", "dog")).files] == ["a.DCM", "b.dcm"]

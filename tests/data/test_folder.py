@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 
 from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import load_image
+from fedclip_secure.data.listing import LeftOut, Reason, kinds_of
 from fedclip_secure.errors import ConfigError, DataError
 
 CLASSES = ("cat", "dog")
@@ -36,9 +36,9 @@ def grey16(values: list[list[int]]) -> Image.Image:
 def test_images_are_listed_by_class_and_path_at_any_depth(root: Path) -> None:
     save(root / "cat/.hidden.png")
     save(root / "cat/.trash/x.png")
-    found = [(file.path.relative_to(root).as_posix(), file.label) for file in read_folder(root, CLASSES)]
+    found = [(file.path.relative_to(root).as_posix(), file.label) for file in read_folder(root, CLASSES).files]
     assert found == [("cat/b.png", 0), ("cat/deep/er/a.JPG", 0), ("dog/c.png", 1)]
-    assert [file.label for file in read_folder(root, ("dog", "cat"))] == [0, 1, 1]
+    assert [file.label for file in read_folder(root, ("dog", "cat")).files] == [0, 1, 1]
 
 
 def test_missing_root_is_named() -> None:
@@ -49,7 +49,7 @@ def test_missing_root_is_named() -> None:
 def test_missing_class_folder_is_named_with_its_remedy(root: Path) -> None:
     with pytest.raises(DataError, match=r"cow.*create it.*data\.absent_classes"):
         read_folder(root, (*CLASSES, "cow"))
-    assert len(read_folder(root, (*CLASSES, "cow"), ["cow"])) == 3
+    assert len(read_folder(root, (*CLASSES, "cow"), ["cow"]).files) == 3
 
 
 def test_absent_class_that_the_plan_lacks_is_refused(root: Path) -> None:
@@ -84,19 +84,20 @@ def test_stray_file_beside_class_folders_is_named(root: Path) -> None:
         read_folder(root, CLASSES)
 
 
-def test_other_files_in_a_class_folder_are_skipped_with_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_files_in_a_class_folder_are_left_out(root: Path) -> None:
     (root / "cat/notes.txt").write_text("x")
     (root / "cat/png").write_text("x")
-    with caplog.at_level(logging.WARNING):
-        assert len(read_folder(root, CLASSES)) == 3
-    assert "1 x .txt, 1 x without a known extension" in caplog.text
+    found = read_folder(root, CLASSES)
+    assert len(found.files) == 3
+    assert found.left_out == [LeftOut(str(root / "cat" / name), Reason.NO_IMAGE) for name in ("notes.txt", "png")]
+    assert kinds_of([one.path for one in found.left_out]) == "1 x .txt, 1 x without a known extension"
 
 
 def test_linked_folder_is_read_and_a_loop_ends(root: Path) -> None:
     (root / "dog/loop").symlink_to(root / "dog", target_is_directory=True)
     save(root.parent / "elsewhere/d.png")
     (root / "dog/more").symlink_to(root.parent / "elsewhere", target_is_directory=True)
-    assert len(read_folder(root, CLASSES)) == 4
+    assert len(read_folder(root, CLASSES).files) == 4
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.png': cannot be read \(No such file"):
         load_image(tmp_path / "gone.png", None)
 
 

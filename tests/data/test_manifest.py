@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import os
 import unicodedata
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import pytest
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.manifest import read_manifest, with_patients
+from fedclip_secure.data.patients import unit_of
 from fedclip_secure.errors import DataError
+from fedclip_secure.names import Column
 from tests.data.test_folder import save
 
 CLASSES = ("cat", "dog")
@@ -84,7 +88,10 @@ def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
         ("path;label", "found path;label"),
         ("path", "found path"),
         ("path,label,path", "found path,label,path"),
-        ("path,label,patinet", r"\('patinet' -> 'patient'\?\); rename or remove"),
+        (
+            "path,label,patinet",
+            r"column 'patinet' seems to name patients, and is not read; set `data\.columns: \{patient: patinet\}`",
+        ),
     ],
 )
 def test_header_at_fault_is_told(tmp_path: Path, header: str, match: str) -> None:
@@ -154,8 +161,56 @@ def test_letters_that_are_encoded_in_two_ways_are_equal(tmp_path: Path) -> None:
     assert first.label == second.label == 0
     patients = tmp_path / "lists/patients.csv"
     patients.write_text(f"path,patient\n{name}/Müller.png,p\n")
-    (file,) = with_patients(read_folder(images, [name]), patients, images)
+    (file,) = with_patients(read_folder(images, [name]).files, patients, images)
     assert file.unit is not None
     listed.write_text(f"path,label\n{name}/b.png,{name}\n{mac}/b.png,{name}\n")
     with pytest.raises(DataError, match=r"line 3: path .* stands in line 2 already"):
         read_manifest(listed, images, [name])
+
+
+def test_other_columns_are_told_and_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = ',path,label,report\n0,a.png,cat,"two\nlines"\n1,b.png,dog,\n'
+    with caplog.at_level(logging.WARNING):
+        assert [file.label for file in read(tmp_path, text)] == [0, 1]
+    assert "records.csv: column(s) that are not read: '', 'report'" in caplog.text
+
+
+def test_columns_go_by_the_names_that_silo_yaml_gives_them(tmp_path: Path) -> None:
+    path = tmp_path / "records.csv"
+    path.write_text("File Name,diagnosis,mrn\na.png,cat,p\nb.png,dog,p\n")
+    named: dict[Column, str] = {"path": "File Name", "label": "diagnosis", "patient": "mrn"}
+    files = read_manifest(path, Path("/images"), CLASSES, columns=named)
+    assert [file.path for file in files] == [Path("/images/a.png"), Path("/images/b.png")]
+    assert files[0].unit == files[1].unit == unit_of("p", ())
+    with pytest.raises(
+        DataError, match=r"must be FileName,diagnosis\[,mrn\].*say in silo\.yaml .*`data\.columns: \{path: "
+    ):
+        read_manifest(path, Path("/images"), CLASSES, columns={**named, "path": "FileName"})
+
+
+@pytest.mark.parametrize("column", ["PatientID", "patient_id", "subject", "MRN", "patinet", "Patients"])
+def test_column_that_seems_to_name_patients_is_not_passed_over(tmp_path: Path, column: str) -> None:
+    text = f"path,label,{column}\na.png,cat,p\nb.png,dog,p\n"
+    with pytest.raises(DataError, match=rf"'{column}' seems to name patients.*`data\.columns: {{patient: {column}}}`"):
+        read(tmp_path, text)
+    path = tmp_path / "records.csv"
+    assert read_manifest(path, tmp_path, CLASSES, columns={"patient": ""})[0].unit is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="paths of Windows mean something there")
+def test_paths_as_windows_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "path,label\nscans\\one\\a.png,cat\n~/b.png,dog\n"
+    assert [file.path for file in read(tmp_path, text)] == [Path("/images/scans/one/a.png"), Path("/home/me/b.png")]
+    for path in ("C:\\scans\\a.png", "d:/scans/a.png", "\\\\server\\share\\a.png"):
+        with pytest.raises(
+            DataError, match=r"line 3: path '.*' is one of Windows; write it from the folder of `data.ro"
+        ):
+            read(tmp_path, f"path,label\na.png,dog\n{path},cat\n")
+
+
+def test_name_with_a_backslash_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
+    save(tmp_path / "a\\b.png")
+    path = tmp_path / "records.csv"
+    path.write_text("path,label\na\\b.png,cat\nc.png,dog\n")
+    assert read_manifest(path, tmp_path, CLASSES)[0].path == tmp_path / "a\\b.png"

@@ -89,5 +89,5 @@ def test_patients_are_one_where_silo_yaml_says_what_to_disregard(
         assert found[0] == found[1] == found[2] != found[3]
         path.write_text(LIST.replace(",label", "").replace(",cat", "").replace(",dog", ""))
         files = [ImageFile(tmp_path / f"{name}.png", 0) for name in "abcd"]
-        assert units(with_patients(files, path, tmp_path, BOTH)) == found
+        assert units(with_patients(files, path, tmp_path, normalise=BOTH)) == found
     assert caplog.messages == []

@@ -43,7 +43,7 @@ def test_another_seed_or_lab_draws_other_images() -> None:
 
 
 def test_a_lab_is_a_folder_that_the_silo_reads(birch: Path) -> None:
-    files = read_folder(birch, list(CLASSES))
+    files = read_folder(birch, list(CLASSES)).files
     counts = np.bincount([file.label for file in files], minlength=len(CLASSES))
     assert dict(zip(CLASSES, counts.tolist(), strict=True)) == LABS["birch"].counts()
     assert files[0].path == birch / "round_cells" / "000.png"

@@ -71,12 +71,11 @@ class Runs:
         batch_size: int = 3,
         *,
         verify: bool = False,
-        strict: bool = False,
         stage: Stage = FEATURES,
         apart: bool = False,
     ) -> FeatureSet:
         self.calls, self.cached = [], []
-        options = ExtractOptions(verify, strict, batch_size, stage, apart)
+        options = ExtractOptions(verify, batch_size, stage, apart)
         found = extract(files, self.encoder, self.folder, self._show, options)
         self.broken = found.broken
         return found.features
@@ -179,30 +178,12 @@ def test_broken_images_are_left_out_with_their_reasons(run: Runs, files: list[Im
     assert "7.png: cannot be read (No such file" in run.broken[2].reason
 
 
-def test_strict_run_names_broken_images_after_all_others_are_cached(run: Runs, files: list[ImageFile]) -> None:
-    whole = break_some(files)
-    with pytest.raises(DataError) as caught:
-        run(files, strict=True)
-    assert str(caught.value).startswith("3 image(s) cannot be used; all others are in the cache")
-    assert all(f"{number}.png" in str(caught.value) for number in (2, 5, 7))
-    run(whole)
-    assert run.calls == [(7, 7)]
-
-
 def test_image_that_was_mended_is_used_again(run: Runs, files: list[ImageFile]) -> None:
     whole = files[2].path.read_bytes()
     break_some(files)
     run(files)
     files[2].path.write_bytes(whole)
     assert len(run(files)) == 8
-
-
-def test_first_ten_of_many_broken_images_are_listed(run: Runs, files: list[ImageFile], tmp_path: Path) -> None:
-    broken = [ImageFile(tmp_path / f"gone{number}.png", 0) for number in range(12)]
-    with pytest.raises(DataError, match=r"^12 image") as caught:
-        run([*files, *broken], strict=True)
-    assert str(caught.value).count("gone") == 10
-    assert str(caught.value).endswith("and 2 more")
 
 
 def test_class_of_which_nothing_is_left_is_refused(run: Runs, files: list[ImageFile], tmp_path: Path) -> None:
@@ -314,7 +295,7 @@ def test_no_images_is_an_error(run: Runs) -> None:
 
 
 def test_real_images_are_extracted(run: Runs, pacs_mini: Path) -> None:
-    files = read_folder(pacs_mini / "sketch", CLASSES)
+    files = read_folder(pacs_mini / "sketch", CLASSES).files
     found = run(files, batch_size=64)
     assert found.image_features.shape == (168, 64)
     assert np.bincount(found.labels).tolist() == [24] * 7

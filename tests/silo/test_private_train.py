@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from fedclip_secure.aggregator.home import freeze, init_home
 from fedclip_secure.config.lock import write_lock
-from fedclip_secure.config.silo import FolderData, ManifestData, PatientIds, SiloConfig
+from fedclip_secure.config.silo import FolderData, ManifestData, Patients, SiloConfig
 from fedclip_secure.errors import ConfigError, DataError, PolicyError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.privacy.entries import Begin, Clock, Data, End, Reserve, Settle, chain_of
@@ -788,7 +788,7 @@ def test_budget_mends_a_clock_and_the_report_says_so(tmp_path: Path) -> None:
 
 def test_terms_of_a_run_name_the_program_and_what_was_done_to_ids_of_patients(tmp_path: Path) -> None:
     of_records, of_patients = Labs.create(tmp_path / "records"), Labs.create(tmp_path / "patients", unit="patient")
-    data = ManifestData(format="manifest", path="x.csv", patients=PatientIds(normalise=["casefold"]))
+    data = ManifestData(format="manifest", path="x.csv", patients=Patients(normalise=["casefold"]))
     config = of_records.configs[SILOS[0]].model_copy(update={"data": data})
     assert run_terms(config, of_records.accepted).patients == ()
     found = run_terms(config, of_patients.accepted)

@@ -11,6 +11,7 @@ import pytest
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import ExternalModel, FederationPlan
 from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.data.listing import Reason
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.training.predict import Predictions, find_images, predict, to_csv
@@ -50,7 +51,11 @@ def test_images_are_found_at_any_depth_each_once_in_order(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     found = find_images([tmp_path / "odd", tmp_path, tmp_path / "b.png"])
-    assert found == [tmp_path / name for name in ("odd", "a/z.JPEG", "b.png")]
+    assert [file.path for file in found.files] == [tmp_path / name for name in ("odd", "a/z.JPEG", "b.png")]
+    assert [(Path(one.path).name, one.reason) for one in found.left_out] == [
+        ("notes.txt", Reason.NO_IMAGE),
+        (".hidden.png", Reason.PASSED_OVER),
+    ]
     with pytest.raises(DataError, match="nothing: is no file and no folder"):
         find_images([tmp_path, tmp_path / "nothing"])
 

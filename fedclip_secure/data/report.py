@@ -1,0 +1,229 @@
+"""What a person should know of their data before they train on them: what was read, left out, doubled or spoilt.
+
+Everything in it stays with the silo.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedclip_secure.data.classes import some
+from fedclip_secure.data.dataset import FeatureSet
+from fedclip_secure.data.facts import CLIPPED, TINY, ImageFacts
+from fedclip_secure.data.listing import LeftOut, Reason, kinds_of
+from fedclip_secure.errors import DataError
+
+PAGE, JSON, LEFT_OUT = "data-report.html", "data-report.json", "left-out.csv"  # in the workdir
+_EQUALS = 3  # of a group of equal files that are named
+EXAMPLES = 10  # named for each finding; the list of what was left out has all
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that was found in `count` images, or in so many files that are none.
+
+    `text` is one line with the remedy; `examples` are paths; where `refused`, `strict` ends the run over it.
+    """
+
+    kind: str
+    count: int
+    text: str
+    examples: tuple[str, ...]
+    refused: bool
+
+    def told(self) -> str:
+        """The text, and the examples below it."""
+        return "\n".join([self.text, *(f"  {one}" for one in self.examples)])
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCounts:
+    """Of one split: records, patients where these are known, and records by the class's name."""
+
+    images: int
+    patients: int | None
+    classes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """`patients_from` says who names them: `dicom`, `csv`, or the feature file's `ids`; None: nobody does.
+
+    `without_patient` images are a unit each. `left_out` is everything that was, also what nobody misses.
+    """
+
+    used: int
+    patients_from: str | None
+    patients: int | None
+    without_patient: int
+    splits: Mapping[str, SplitCounts]
+    smallest_class: str
+    smallest: int
+    findings: tuple[Finding, ...]
+    left_out: tuple[LeftOut, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the whole list of what was left out."""
+        return {key: value for key, value in asdict(self).items() if key != "left_out"}
+
+    def lines(self) -> list[str]:
+        """What is said below the table of classes and splits."""
+        smallest = f"smallest class: {self.smallest_class!r}, {self.smallest} image(s)"
+        return [self.about_patients(), smallest, *(finding.told() for finding in self.findings)]
+
+    def warnings(self) -> list[str]:
+        """What is wrong, each with some examples: what `strict` refuses."""
+        return [finding.told() for finding in self.findings if finding.refused]
+
+    def about_patients(self) -> str:
+        """Who they are known by, and how many."""
+        who = {"dicom": "PatientID of DICOM", "csv": "the CSV file", "ids": "the file's `ids`", None: ""}
+        if self.patients is None:
+            return "patients are not known: each image counts as a patient of its own"
+        others = f"; {self.without_patient} image(s) without one count as one each" if self.without_patient else ""
+        return f"{self.patients} patient(s), by {who[self.patients_from]}{others}"
+
+    def check_strict(self) -> None:
+        """Refuse what `strict` refuses.
+
+        Raises:
+            DataError: one line for each finding, with its first examples.
+        """
+        wrong = "\n".join(self.warnings())
+        if wrong:
+            raise DataError(f"the data are not as `strict` asks; mend this, or leave `strict` out:\n{wrong}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What a report is made of: N records in `records`, each with its split's number in `places` (N,).
+
+    `paths` and `facts` are those of the N images; empty where only features are there.
+    """
+
+    classes: Sequence[str]
+    split_names: Sequence[str]
+    records: FeatureSet
+    places: npt.NDArray[np.int64]
+    patients_from: str | None
+    left_out: Sequence[LeftOut] = ()
+    paths: Sequence[str] = ()
+    facts: Sequence[ImageFacts] = ()
+
+
+def make_report(seen: Seen) -> DataReport:
+    """Count, and look for what is wrong."""
+    known = _with_patient(seen)
+    counts = np.bincount(seen.records.labels, minlength=len(seen.classes))
+    there = [(int(count), name) for count, name in zip(counts, seen.classes, strict=True) if count]
+    smallest = min(there, default=(0, ""))
+    return DataReport(
+        used=len(seen.records),
+        patients_from=seen.patients_from,
+        patients=_patients(seen, known) if seen.patients_from else None,
+        without_patient=int((~known).sum()),
+        splits={name: _counts(seen, known, seen.places == number) for number, name in enumerate(seen.split_names)},
+        smallest_class=smallest[1],
+        smallest=smallest[0],
+        findings=(*why_left_out(seen.left_out), *_doubles(seen), *_looks(seen), *_untrained(seen)),
+        left_out=tuple(seen.left_out),
+    )
+
+
+def _with_patient(seen: Seen) -> npt.NDArray[np.bool_]:
+    """(N,): whose unit is more than the record itself."""
+    if seen.patients_from is None or not seen.paths:
+        return np.full(len(seen.records), seen.patients_from is not None)
+    found: npt.NDArray[np.bool_] = (seen.records.unit_ids != seen.records.record_ids).any(axis=1)
+    return found
+
+
+def _patients(seen: Seen, chosen: npt.NDArray[np.bool_]) -> int:
+    return len({unit.tobytes() for unit in seen.records.unit_ids[chosen]})
+
+
+def _counts(seen: Seen, known: npt.NDArray[np.bool_], chosen: npt.NDArray[np.bool_]) -> SplitCounts:
+    counts = np.bincount(seen.records.labels[chosen], minlength=len(seen.classes)).tolist()
+    patients = _patients(seen, known & chosen) if seen.patients_from else None
+    return SplitCounts(int(chosen.sum()), patients, dict(zip(seen.classes, counts, strict=True)))
+
+
+_REMEDIES = {
+    Reason.NO_IMAGE: ("are no image and were left out", "move them away if they are not wanted", True),
+    Reason.PASSED_OVER: ("or folder(s) are hidden or a system's own, and were passed over", "", False),
+    Reason.DANGLING: ("are links to what is not there and were left out", "restore what they name", True),
+    Reason.UNUSABLE: ("cannot be used and were left out", "replace them, or move them away", True),
+}
+
+
+def why_left_out(left_out: Sequence[LeftOut]) -> Iterable[Finding]:
+    """A finding for each reason."""
+    for reason, (said, remedy, refused) in _REMEDIES.items():
+        paths = [one.path for one in left_out if one.reason is reason]
+        told = [one.detail or one.path for one in left_out if one.reason is reason][:EXAMPLES]
+        if paths:
+            what = f" ({kinds_of(paths)})" if reason is Reason.NO_IMAGE else ""
+            text = f"{len(paths)} file(s) {said}{what}" + (f"; {remedy}" if remedy else "")
+            yield Finding(f"left out: {reason}", len(paths), text, tuple(told), refused)
+
+
+def _doubles(seen: Seen) -> Iterable[Finding]:
+    """Equal bytes, by what they have in common; a pair of labels or of splits is worse than a mere repetition."""
+    if not seen.paths or seen.records.record_ids is None:
+        return
+    same = defaultdict[bytes, list[int]](list)
+    for number, record in enumerate(seen.records.record_ids):
+        same[record.tobytes()].append(number)
+    labelled, torn, mere = list[list[int]](), list[list[int]](), list[list[int]]()
+    for group in same.values():
+        if len(group) > 1:
+            labels, places = ({int(of[number]) for number in group} for of in (seen.records.labels, seen.places))
+            labelled += [group] * (len(labels) > 1)
+            torn += [group] * (len(places) > 1)
+            mere += [group] * (len(labels) == len(places) == 1)
+    for kind, found, text, refused in (
+        ("equal bytes under several labels", labelled, "keep each under the one that is right", True),
+        ("equal bytes in several splits", torn, "the same image is trained on and tested with: name one patient", True),
+        ("equal bytes under one label", mere, "each counts as often as it is there", False),
+    ):
+        if found:
+            count, first = sum(map(len, found)), tuple(_equal(seen.paths, group) for group in found[:EXAMPLES])
+            yield Finding(kind, count, f"{count} image(s): {kind}; {text}", first, refused)
+
+
+def _equal(paths: Sequence[str], group: Sequence[int]) -> str:
+    more = f" and {len(group) - _EQUALS} more" if len(group) > _EQUALS else ""
+    return " = ".join(paths[number] for number in group[:_EQUALS]) + more
+
+
+_MOST = f"{CLIPPED:.0%} of their pixels or more lie beyond one end"
+_WINDOW = "check that the plan's `model.image_window` fits this scanner, and tell the coordinator"
+_LOOKS: tuple[tuple[str, Callable[[ImageFacts], bool], str, bool], ...] = (
+    ("of one colour", lambda facts: facts.one_coloured, f"they show nothing: replace them, or {_WINDOW}", True),
+    ("clipped", lambda facts: facts.clipped, f"{_MOST}: {_WINDOW}", True),
+    ("tiny", lambda facts: facts.tiny, f"shorter side below {TINY} pixels: are they thumbnails?", True),
+    ("of several frames", lambda facts: facts.frames > 1, "the first frame counts, of DICOM's the middle one", False),
+)  # fmt: skip
+
+
+def _looks(seen: Seen) -> Iterable[Finding]:
+    for kind, is_so, said, refused in _LOOKS:
+        found = [path for path, facts in zip(seen.paths, seen.facts, strict=True) if is_so(facts)]
+        if found:
+            share = f"{len(found)} of {len(seen.paths)} image(s) ({len(found) / len(seen.paths):.0%})"
+            yield Finding(kind, len(found), f"{share} are {kind}; {said}", tuple(found[:EXAMPLES]), refused)
+
+
+def _untrained(seen: Seen) -> Iterable[Finding]:
+    there = np.unique(seen.records.labels)
+    trained = seen.records.labels[seen.places == seen.split_names.index("train")]
+    lost = [seen.classes[label] for label in there if label not in trained]
+    if lost:
+        text = f"no image to train on, of class(es) {some(lost)}: chance put all of them into other splits"
+        yield Finding("classes that are not trained on", len(lost), text, (), False)

@@ -1,0 +1,176 @@
+"""A silo's own data: found, read through the cache, cut into splits, and reported to the person who keeps them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedclip_secure.config.plan import FederationPlan
+from fedclip_secure.config.silo import EmbeddingsData, FolderData, ManifestData, SiloConfig
+from fedclip_secure.data.dataset import FeatureSet, ImageFile, Task, places_of
+from fedclip_secure.data.embeddings import read_embeddings
+from fedclip_secure.data.folder import read_folder
+from fedclip_secure.data.image import is_picture
+from fedclip_secure.data.listing import LeftOut, Listing, Reason
+from fedclip_secure.data.manifest import read_manifest, with_patients
+from fedclip_secure.data.page import EACH_CLASS, render_page, thumbnail
+from fedclip_secure.data.report import JSON, LEFT_OUT, PAGE, DataReport, Seen, make_report
+from fedclip_secure.errors import ConfigError
+from fedclip_secure.features.encoder import Encoder
+from fedclip_secure.features.extract import INDEX_NAME, Extraction, ExtractOptions, extract
+from fedclip_secure.features.patients import with_dicom_patients
+from fedclip_secure.features.progress import ShowProgress
+from fedclip_secure.features.stage import FEATURES
+from fedclip_secure.files import write_atomically
+from fedclip_secure.names import Column
+
+_log = logging.getLogger(__name__)
+_MODE = 0o600  # the page shows images
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiloData:
+    """The records, and what there is to know of them."""
+
+    features: FeatureSet
+    report: DataReport
+
+
+def read_silo_data(
+    silo: SiloConfig,
+    plan: FederationPlan,
+    task: Task,
+    encoder: Encoder | None,
+    *,
+    progress: ShowProgress,
+    options: ExtractOptions,
+) -> SiloData:
+    """Read what `data` in silo.yaml names; write the report into the workdir, where it is another than before.
+
+    Raises:
+        ConfigError: the format does not go with the plan's model or method.
+        DataError: images or feature files are at fault; or `strict` refuses the report, which is written first.
+    """
+    if isinstance(silo.data, EmbeddingsData):
+        return _of_embeddings(silo.data, plan, task, options)
+    if encoder is None:
+        raise ConfigError(
+            "silo.yaml: data.format: the plan's model is external and no encoder runs here; set `embeddings`"
+        )
+    features = Path(silo.workdir, "features")
+    listing, patients_from = _listed(silo.data, task.classes, features / INDEX_NAME)
+    found = extract(listing.files, encoder, features, progress, options)
+    seen = _seen(listing, found, plan, task.classes, patients_from)
+    report = make_report(seen)
+    _write(Path(silo.workdir), silo.name, report, seen, encoder.window)
+    if silo.data.strict:
+        report.check_strict()
+    return SiloData(found.features, report)
+
+
+def _of_embeddings(data: EmbeddingsData, plan: FederationPlan, task: Task, options: ExtractOptions) -> SiloData:
+    if options.stage != FEATURES:
+        raise ConfigError(
+            f"silo.yaml: data.format: the plan's method takes {options.stage.kind} of images, and `embeddings` "
+            "are features; set `folder` or `manifest`"
+        )
+    features = read_embeddings(Path(data.path), task.classes, task.text_features.shape[1])
+    places, names = places_of(features, plan.federation, plan.splits.model_dump()), list(plan.splits.model_dump())
+    patients_from = "ids" if data.ids == "patient" else None
+    return SiloData(features, make_report(Seen(task.classes, names, features, places, patients_from)))
+
+
+def _listed(data: FolderData | ManifestData, classes: Sequence[str], index: Path) -> tuple[Listing, str | None]:
+    """What there is to read, with the patients; and who named these."""
+    path, how = Path(data.path), data.patients.normalise
+    if isinstance(data, ManifestData):
+        root = path.parent if data.root is None else Path(data.root)
+        listing = Listing(
+            read_manifest(path, root, classes, data.absent_classes, normalise=how, columns=_columns(data))
+        )
+    else:
+        listing = read_folder(path, classes, data.absent_classes)
+        if data.patients.file is not None:
+            listing.files = with_patients(
+                listing.files, Path(data.patients.file), path, normalise=how, columns=data.patients.columns
+            )
+    if any(file.unit is not None for file in listing.files):
+        return listing, "csv"
+    asked = data.patients.dicom
+    if asked is None:
+        _tell_of_some_dicom(listing.files)
+    if asked or (asked is None and not any(is_picture(file.path) for file in listing.files)):
+        listing.files = with_dicom_patients(listing.files, index, how, asked=bool(asked))
+    named = any(file.unit is not None for file in listing.files)
+    return listing, "dicom" if named else None
+
+
+def _columns(data: ManifestData) -> Mapping[Column, str]:
+    """Where silo.yaml says who names patients, or that nobody does, no column of the manifest does."""
+    return data.columns if data.patients.dicom is None else {**data.columns, "patient": ""}
+
+
+def _tell_of_some_dicom(files: Sequence[ImageFile]) -> None:
+    dicom = sum(not is_picture(file.path) for file in files)
+    if 0 < dicom < len(files):
+        _log.warning(
+            "%d of %d images are DICOM, whose PatientID is not read as the others have none: each image counts as a "
+            "patient of its own; name the patients of all in a CSV file at `data.patients` in silo.yaml, or say "
+            "`patients: none`", dicom, len(files),
+        )  # fmt: skip
+
+
+def _seen(
+    listing: Listing, found: Extraction, plan: FederationPlan, classes: Sequence[str], patients_from: str | None
+) -> Seen:
+    shares = plan.splits.model_dump()
+    broken = {image.number for image in found.broken}
+    left_out = [LeftOut(str(image.path), Reason.UNUSABLE, image.reason) for image in found.broken]
+    return Seen(
+        classes,
+        list(shares),
+        found.features,
+        places_of(found.features, plan.federation, shares),
+        patients_from,
+        [*listing.left_out, *left_out],
+        [str(file.path) for number, file in enumerate(listing.files) if number not in broken],
+        found.facts,
+    )
+
+
+def _write(workdir: Path, silo: str, report: DataReport, seen: Seen, window: tuple[int, int] | None) -> None:
+    """All three files, where the report is another than the one that lies there: thumbnails take a while."""
+    said = json.dumps(report.as_json(), indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    listed = _as_csv(report.left_out)
+    files = {workdir / LEFT_OUT: listed, workdir / JSON: said}
+    if all(path.is_file() and path.read_bytes() == data for path, data in files.items()) and (workdir / PAGE).is_file():
+        return
+    by_class = _some_of_each(seen)
+    shown = {path for paths in by_class.values() for path in paths}
+    shown |= {path for finding in report.findings for path in finding.examples} & set(seen.paths)
+    thumbnails = {path: thumbnail(Path(path), window) for path in sorted(shown)}
+    page = render_page(report, silo, by_class, thumbnails)
+    for path, data in {workdir / PAGE: page.encode("utf-8", "backslashreplace"), **files}.items():
+        write_atomically(path, data, _MODE)
+
+
+def _some_of_each(seen: Seen) -> dict[str, list[str]]:
+    """The first images of each class."""
+    found: dict[str, list[str]] = {name: [] for name in seen.classes}
+    for path, label in zip(seen.paths, seen.records.labels.tolist(), strict=True):
+        if len(found[seen.classes[label]]) < EACH_CLASS:
+            found[seen.classes[label]].append(path)
+    return found
+
+
+def _as_csv(left_out: Sequence[LeftOut]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "reason", "detail"])
+    writer.writerows([one.path, str(one.reason), " ".join(one.detail.split())] for one in left_out)
+    return text.getvalue().encode("utf-8", "surrogateescape")
