@@ -14,6 +14,7 @@ from fedclip_secure.aggregator.store import Store
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.lock import Contract, ExternalEncoder, read_lock
 from fedclip_secure.config.plan import ExternalModel, FederationPlan
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import AGGREGATOR
@@ -103,7 +104,7 @@ class Home:
         Raises:
             TrustError: it is.
         """
-        store = self.store()
+        store = self.store_to_read()
         try:
             if store.frozen() is not None:
                 raise TrustError(
@@ -115,6 +116,10 @@ class Home:
     def store(self) -> Store:
         """The aggregator's database and files."""
         return Store(self.folder / "state")
+
+    def store_to_read(self) -> Store:
+        """The same, for what only looks: whoever runs it, nothing is written."""
+        return Store(self.folder / "state", reading=True)
 
 
 def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) -> Home:
@@ -210,7 +215,7 @@ def _locked_files(home: Home, contract: Contract) -> list[bytes]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); run `fedclip-agg prepare`") from error
+            raise DataError(refused(error, path, otherwise="run `fedclip-agg prepare`")) from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DataError(f"{path}: has changed since `prepare`; run `fedclip-agg prepare` again")
         files.append(data)

@@ -58,7 +58,7 @@ def read_status(home: Home, now: float) -> RunStatus:
         ConfigError: there is no federation here.
     """
     plan = home.plan()
-    store = home.store()
+    store = home.store_to_read()
     try:
         frozen, terms = store.frozen(), None
         if frozen is not None:  # what the file says by now does not count any more

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from fedclip_secure.data.dicom import DICOM_SUFFIXES, PREAMBLE, is_dicom, read_dicom
 from fedclip_secure.data.walk import looked_at
 from fedclip_secure.data.window import to_grey
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError
 
 _ORIENTATION = 0x0112  # in EXIF
@@ -63,7 +64,7 @@ def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+        raise DataError(refused(error, path)) from error
     return decode_image(data, path, window)
 
 

@@ -15,6 +15,7 @@ from fedclip_secure import canonical
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, composed, decomposed, near, some
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.patients import normalised, warn_of_likes
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.names import Normalisation
 
@@ -132,7 +133,7 @@ def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}); export it as CSV UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check `data` in silo.yaml") from error
+        raise DataError(refused(error, path, otherwise="check `data` in silo.yaml")) from error
 
 
 def _columns(path: Path, header: list[str], needed: Sequence[str], optional: Sequence[str]) -> list[str]:

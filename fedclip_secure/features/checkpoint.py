@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ModelError
 
 _registering = threading.Lock()  # open_clip reads every config file it was ever given, each time it is given one
@@ -35,7 +36,7 @@ def sha256_of(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path of the weights") from error
+        raise ModelError(refused(error, path, otherwise="check the path of the weights")) from error
 
 
 def pinned(weights: Path | None, fetch: Callable[[], Path] | None, pretrained: str, sha256: str) -> Path:

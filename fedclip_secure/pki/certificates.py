@@ -11,7 +11,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedclip_secure.errors import TrustError
+from fedclip_secure.disk import refused
+from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import NAME_PATTERN
 
@@ -40,12 +41,14 @@ def read_certificate(path: Path) -> x509.Certificate:
     """Read one certificate.
 
     Raises:
-        TrustError: missing, unreadable, or not one certificate.
+        TrustError: missing, or not one certificate. DataError: the disk refuses.
     """
     try:
         return parse_certificate(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise TrustError(f"'{path}': the certificate is missing; restore it") from error
     except OSError as error:
-        raise TrustError(f"{path}: the certificate cannot be read ({error.strerror}); restore it") from error
+        raise DataError(refused(error, path, otherwise="restore the certificate there")) from error
 
 
 def write_certificate(path: Path, certificate: x509.Certificate) -> None:

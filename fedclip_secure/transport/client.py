@@ -18,6 +18,7 @@ import aiohttp
 from cryptography import x509
 from yarl import URL
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError, FedClipError, TransportError
 from fedclip_secure.pki.certificates import ENROL_AGAIN, check_dates
 from fedclip_secure.pki.identity import Identity
@@ -160,7 +161,7 @@ class Client:
             if arrived := answer.status == HTTPStatus.OK:
                 temporary.replace(into)
         except OSError as error:
-            raise DataError(f"{into}: cannot be written ({error.strerror}); free space, or choose another") from error
+            raise DataError(refused(error, into, "be written", "choose another folder")) from error
         finally:
             with contextlib.suppress(OSError):  # renamed, or its folder may be what is missing
                 temporary.unlink()

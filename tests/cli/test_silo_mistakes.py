@@ -290,7 +290,7 @@ def test_key_that_others_may_read_is_refused_with_the_command_that_mends_it(site
 
 def test_workdir_that_cannot_be_made_is_named(site: Site) -> None:
     site.frozen().edit("workdir: work", "workdir: silo.yaml/x")
-    site.refused("silo.yaml/x: cannot be made", "accept", "--yes")
+    site.refused("silo.yaml/x': cannot be made", "accept", "--yes")
 
 
 def test_another_key_after_the_freeze_is_refused_before_anything_is_pinned(site: Site) -> None:
@@ -330,7 +330,9 @@ def test_proxy_that_cannot_be_used_is_named(site: Site, monkeypatch: pytest.Monk
 
 def test_path_that_the_system_refuses_ends_in_one_message(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 300)
-    refused("xxx: File name too long; check", "accept", "--config", str(path), program=silo.main)
+    refused(
+        "xxx': cannot be used .File name too long.; check the path", "accept", "--config", str(path), program=silo.main
+    )
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -162,7 +162,7 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.png': cannot be read"):
         load_image(tmp_path / "gone.png", None)
 
 

@@ -435,7 +435,7 @@ def test_failed_download_leaves_the_file_as_it_was(federation: Federation, ident
     with pytest.raises(TransportError, match="more than 4999 bytes"):
         run(zeros, *contexts, lambda client: fetched(client, tmp_path / "model", 4999))
     waits = Waits()
-    with file_limit(4096), pytest.raises(DataError, match=r"model: cannot be written \(File too large\); free space"):
+    with file_limit(4096), pytest.raises(DataError, match=r"model': cannot be written \(File too large\); free space"):
         run(zeros, *contexts, lambda client: fetched(client, tmp_path / "model"), waits=waits)
     assert waits.told == []
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -444,7 +444,7 @@ def test_failed_download_leaves_the_file_as_it_was(federation: Federation, ident
 
 def test_download_without_a_folder_names_the_file(federation: Federation, identity: Identity, tmp_path: Path) -> None:
     contexts = federation.server_context(), client_context(identity)
-    with pytest.raises(DataError, match="absent/model: cannot be written"):
+    with pytest.raises(DataError, match="absent/model': cannot be written"):
         run(zeros, *contexts, lambda client: fetched(client, tmp_path / "absent" / "model"))
 
 
