@@ -14,7 +14,7 @@ from fedclip_secure.aggregator.store import Store
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.lock import Contract, ExternalEncoder, read_lock
 from fedclip_secure.config.plan import ExternalModel, FederationPlan
-from fedclip_secure.disk import refused
+from fedclip_secure.disk import check_disk, refused
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import AGGREGATOR
@@ -131,6 +131,7 @@ def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) ->
     home = Home(folder)
     if home.plan_path.exists():
         raise ConfigError(f"{home.plan_path}: is there already; choose an empty folder")
+    check_disk(folder, "choose a folder on a local disk", private=True)
     server_names(hosts)  # a typo must show before there is a folder that a second try would find
     authority = create_authority(home.authority_folder, federation)
     issue_server_certificate(home, authority, hosts)

@@ -14,6 +14,7 @@ from fedclip_secure.aggregator.guests import dismiss_guests
 from fedclip_secure.aggregator.home import Home, check_charges
 from fedclip_secure.aggregator.rounds import Rounds
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.disk import check_disk
 from fedclip_secure.errors import TransportError, TrustError
 from fedclip_secure.pki.authority import load_authority
 from fedclip_secure.pki.keys import SigningKey
@@ -33,6 +34,7 @@ async def serve(home: Home, host: str, port: int, say: Callable[[str], None], st
         ConfigError: the plan is at fault.
     """
     plan = home.plan()
+    check_disk(home.folder / "state", "move the whole folder that `init` made to a local disk")
     authority = load_authority(home.authority_folder)
     context = server_context(home.server_certificate, home.server_key, home.authority_certificate)
     store = home.store()
