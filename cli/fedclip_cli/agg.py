@@ -151,7 +151,7 @@ def freeze(folder: Path) -> None:
 
 @main.command(epilog="Example: fedclip-agg serve --dir lung-xray --listen 0.0.0.0:443")
 @_DIR
-@click.option("--listen", help="HOST:PORT; default: all addresses, the port of the plan's server.")
+@click.option("--listen", help="HOST:PORT; default: all addresses (IPv4 and IPv6), the port of the plan's server.")
 def serve(folder: Path, listen: str | None) -> None:
     """Serve enrolment and, once the roster is frozen, the rounds. A restart goes on where it was."""
     from fedclip_secure.aggregator.serve import serve as start
@@ -345,6 +345,10 @@ def _print_status(state: RunStatus) -> None:
         done = len([row for row in state.finished_rounds if row["round"] <= state.rounds])
         now = f"round {state.round}{stage}; " if state.stage else ""
         out.print(f"{now}{done} of {state.rounds} training rounds averaged", markup=False)
+    over = state.server_certificate_ends < time.time()
+    until = "ended on" if over else "is valid until"
+    anew = ": start `fedclip-agg serve` again, which makes it anew" if over else ""
+    out.print(f"the server's certificate {until} {_date(state.server_certificate_ends)}{anew}", markup=False)
     if state.answered:
         out.print(f"answered: {', '.join(state.answered)}", markup=False)
     if state.floor is not None:
@@ -379,9 +383,9 @@ def _date(then: float | None) -> str:
     return "-" if then is None else datetime.fromtimestamp(then, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _address(listen: str | None, server: str) -> tuple[str, int]:
+def _address(listen: str | None, server: str) -> tuple[str | None, int]:
     if listen is None:
-        return "0.0.0.0", urlsplit(server).port or 443  # noqa: S104 - a server is there to be reached
+        return None, urlsplit(server).port or 443
     try:
         parts = urlsplit(f"//{listen}")
         if parts.hostname and parts.port:

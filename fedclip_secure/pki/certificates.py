@@ -97,13 +97,13 @@ def check_dates(certificate: x509.Certificate, what: str, remedy: str) -> None:
     now = datetime.now(UTC)
     if now > certificate.not_valid_after_utc:
         raise TrustError(
-            f"{what} expired on {_date(certificate.not_valid_after_utc)} "
-            f"(this machine's clock says {_date(now)}); {remedy}"
+            f"{what} expired on {utc_time(certificate.not_valid_after_utc)} "
+            f"(this machine's clock says {utc_time(now)}); {remedy}"
         )
     if now < certificate.not_valid_before_utc:
         raise TrustError(
-            f"{what} is valid only from {_date(certificate.not_valid_before_utc)} "
-            f"and this machine's clock says {_date(now)}; set the clock"
+            f"{what} is valid only from {utc_time(certificate.not_valid_before_utc)} "
+            f"and this machine's clock says {utc_time(now)}; set the clock"
         )
 
 
@@ -112,5 +112,6 @@ def _only(subject: x509.Name, oid: x509.ObjectIdentifier) -> str:
     return str(values[0].value) if len(values) == 1 else ""
 
 
-def _date(when: datetime) -> str:
+def utc_time(when: datetime) -> str:
+    """As messages give a time."""
     return f"{when:%Y-%m-%d %H:%M} UTC"
