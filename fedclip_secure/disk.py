@@ -12,6 +12,8 @@ import pwd
 import sqlite3
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
 from typing import BinaryIO
@@ -75,6 +77,15 @@ def refused(error: Refusal, path: str | Path, what: str = "be read", otherwise: 
     """
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return f"'{path}': cannot {what} ({reason}); {remedy(error, path, what, otherwise)}"
+
+
+@contextmanager
+def telling(path: Path, what: str = "be read", otherwise: str = "check the path") -> Iterator[None]:
+    """Raise DataError with the message of `refused` where the disk refuses in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(refused(error, error.filename or path, what, otherwise)) from error
 
 
 def remedy(

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fedclip_cli.console import FILE, FOLDER, Command, err, out, print_table, printable
 from fedclip_cli.owner import settings
+from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.silo.pins import load_accepted
@@ -125,10 +126,8 @@ def verify(file: Path, plan: str | None, roster: str | None, as_json: bool) -> N
     from fedclip_secure.privacy.verify import verify as check
     from fedclip_secure.privacy.verify_silo import Expected
 
-    try:
+    with telling(file):
         data = file.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: is missing") from error
     verdict = check(data, Expected(plan_pin=plan, roster_pin=roster))
     compared = {"plan": plan is not None, "roster": roster is not None}
     if as_json:

@@ -297,7 +297,7 @@ class Store:
             sql.execute("DELETE FROM messages WHERE attempt = ? AND phase < 5", (attempt,))
         self._rows("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was overwritten, until it is cut
         for vector in vectors:
-            self.blobs.vector_path(vector).unlink(missing_ok=True)
+            self.blobs.remove_vector(vector)
 
     def asked(self, round_number: int) -> list[tuple[str, ...]]:
         """The lists of survivors that silos were asked to agree to in earlier attempts at a round."""
@@ -356,7 +356,7 @@ class Store:
             sql.execute("UPDATE attempts SET closed = closed + 1 WHERE number = ?", (row.attempt,))
         for earlier in self.rounds()[:-1]:  # who was away then takes the model, not the sum
             if earlier.sum_hash != row.sum_hash:
-                self.blobs.vector_path(earlier.sum_hash).unlink(missing_ok=True)
+                self.blobs.remove_vector(earlier.sum_hash)
 
     def rounds(self) -> list[RoundRow]:
         """All finished rounds."""
