@@ -48,6 +48,7 @@ from fedclip_secure.features.cache import FeatureCache
 from fedclip_secure.features.checkpoint import sha256_of
 from fedclip_secure.features.index import FileIndex
 from fedclip_secure.files import make_folder, write_atomically, write_output
+from fedclip_secure.pki.authority import load_authority
 from fedclip_secure.pki.epoch import Epoch, lock_epoch
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.privacy.ledger_file import LedgerFile
@@ -109,9 +110,8 @@ class Disk:
         self.desk = Desk.enrolled(folder / "desk")
         self.yaml = folder / "silo" / "silo.yaml"
         write_silo(self.yaml, "lab-a", "images", None)
-        pins = {"plan": f"sha256:{'0' * 64}", "roster": f"sha256:{'0' * 64}"}
-        data = FolderData(format="folder", path="images")
-        self.config = SiloConfig(name="lab-a", data=data, workdir=str(folder / "work"), **pins)
+        data, pin = FolderData(format="folder", path="images"), f"sha256:{'0' * 64}"
+        self.config = SiloConfig(name="lab-a", data=data, workdir=str(folder / "work"), plan=pin, roster=pin)
         fresh(folder / "cache").add(KEYS, ROWS)
         LedgerFile(folder / "ledger").close()
 
@@ -182,13 +182,13 @@ def _download(disk: Disk, path: Path) -> object:
     return asyncio.run(asyncio.wait_for(fetch(), BOUND))
 
 
-def _sink(_disk: Disk, path: Path) -> object:
+def _sink(_disk: Disk, path: Path) -> None:
     class Refusing(io.BytesIO):
         def write(self, _data: Any) -> int:
             with path.open("wb"):
                 return 0
 
-    return Sink(Refusing(), str(path)).write(b"x")
+    Sink(Refusing(), str(path)).write(b"x")
 
 
 READS = [
@@ -207,7 +207,7 @@ READS = [
         "signing key of the CA",
         "pki/keys.py",
         lambda disk: disk.home.authority_folder / "authority-key.pem",
-        lambda disk, _: agg_home.load_authority(disk.home.authority_folder),
+        lambda disk, _: load_authority(disk.home.authority_folder),
     ),
     Place("epoch file", "pki/epoch.py", lambda disk: disk.silo.epoch_path, lambda _, path: Epoch.load(path)),
     Place("silo.yaml", "config/yaml12.py", lambda disk: disk.yaml, lambda _, path: read_silo(path)),
@@ -444,7 +444,8 @@ def _database_refusing(place: Path, number: int) -> Iterator[None]:
 
     def connect(name: Any, *arguments: Any, **options: Any) -> sqlite3.Connection:
         if place.name not in str(name):
-            return real(name, *arguments, **options)
+            opened: sqlite3.Connection = real(name, *arguments, **options)
+            return opened
         error = sqlite3.OperationalError("what SQLite says")
         error.sqlite_errorcode = _SQLITE[number]
         raise error
