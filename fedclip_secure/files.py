@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 
 
@@ -30,10 +31,22 @@ def writing_atomically(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
+        raise DataError(refused(error, path, "be written", "choose another folder")) from error
     finally:
         with suppress(OSError):  # renamed by now, or the folder itself is missing or no folder
             temporary.unlink()
+
+
+def make_folder(folder: Path, otherwise: str, mode: int = 0o777) -> None:
+    """Make a folder, and those above it, where they are missing.
+
+    Raises:
+        DataError: the disk refuses; `otherwise` says how another folder is named.
+    """
+    try:
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(refused(error, folder, "be made", otherwise)) from error
 
 
 def write_atomically(path: Path, data: bytes | memoryview, mode: int = 0o644) -> None:
@@ -59,7 +72,7 @@ def write_output(path: Path, data: bytes) -> None:
     try:
         target.write_bytes(data)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
+        raise DataError(refused(error, path, "be written", "choose another file")) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -29,7 +29,7 @@ def test_file_that_is_there_is_replaced(tmp_path: Path) -> None:
 def test_target_that_cannot_be_is_refused_by_name_and_leaves_nothing(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_bytes(b"here first")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
-    with pytest.raises(DataError, match=f"{path}: cannot be written"):
+    with pytest.raises(DataError, match=f"{path}': cannot be written"):
         write_atomically(tmp_path / path, b"data")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "folder"]
     assert (tmp_path / "file").read_bytes() == b"here first"
@@ -57,7 +57,7 @@ def test_error_between_two_writes_leaves_the_old_file_and_nothing_else(tmp_path:
 
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"old")
-    with file_limit(2**20), pytest.raises(DataError, match=r"x: cannot be written \(File too large\); free space"):
+    with file_limit(2**20), pytest.raises(DataError, match=r"x': cannot be written \(File too large\); free space"):
         write_atomically(tmp_path / "x", bytes(2**20 + 1))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"

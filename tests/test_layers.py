@@ -16,7 +16,7 @@ from tests.waiting import BOUND
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fedclip_secure"
 LAYERS = {
-    0: ("errors", "canonical", "extras", "files", "names"),
+    0: ("errors", "canonical", "disk", "extras", "files", "names"),
     1: ("config", "data", "model", "pki"),
     2: ("features", "secagg", "privacy"),
     3: ("export", "methods", "transport"),

@@ -12,7 +12,8 @@ from rich.table import Table
 from fedclip_cli.console import FILE, FOLDER, Command, err, image_progress, out, print_table, printable
 from fedclip_cli.evaluation import percent
 from fedclip_cli.exported import print_export
-from fedclip_secure.config.silo import SiloConfig, read_silo
+from fedclip_cli.owner import settings
+from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.export.facts import KEPT_HOME
 from fedclip_secure.silo.export import export_adapter
 from fedclip_secure.silo.personal import Personal, make_personal
@@ -37,7 +38,7 @@ def personalize(path: Path, as_json: bool) -> None:
     parameters. The validation records choose the mix; where none is better, the global adapter stands as the
     personal one.
     """
-    config = read_silo(path)
+    config = settings(path)
     accepted = load_accepted(config)
     made = make_personal(config, accepted, load(config, accepted, quiet=as_json))
     if as_json:
@@ -55,7 +56,7 @@ def export(path: Path, adapter: str, to: Path | None) -> None:
 
     The card, README.md, ends with the few lines of Python that do it.
     """
-    config = read_silo(path)
+    config = settings(path)
     print_export(*export_adapter(config, load_accepted(config), adapter, to))
 
 

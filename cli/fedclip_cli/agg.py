@@ -28,6 +28,7 @@ from fedclip_cli.console import (
     version_option,
 )
 from fedclip_cli.demo import print_demo, run_progress
+from fedclip_cli.owner import check_owner
 from fedclip_cli.privacy import print_failed_tests
 from fedclip_cli.simulate import cell_progress, print_simulation, simulation_json
 from fedclip_secure.aggregator.home import Home
@@ -69,6 +70,7 @@ def init(folder: Path, name: str, hosts: str, port: int) -> None:
     """Make a federation's folder: plan, certificate authority, server certificate, signing key."""
     from fedclip_secure.aggregator.home import init_home
 
+    check_owner(folder)
     home = init_home(folder, parse_name(name), [host.strip() for host in hosts.split(",") if host.strip()], port)
     out.print(
         f"made {folder}/: authority/ (whoever has its key can name silos: keep it safe), server/ and federation.yaml",
@@ -89,7 +91,7 @@ def prepare(folder: Path) -> None:
     from fedclip_secure.files import write_atomically
     from fedclip_secure.privacy.planned import PlannedRun
 
-    home = Home(folder)
+    home = _own(folder)
     plan = home.plan()
     home.check_not_frozen()
     resolve = _resolve_of(folder)  # takes seconds, and a mistake is told before
@@ -144,7 +146,7 @@ def invite(silo: str, folder: Path, valid: str, token_only: bool) -> None:
     """Make a one-time token with which SILO enrols. Send it over a channel that you trust."""
     from fedclip_secure.aggregator.home import invite as make
 
-    home = Home(folder)
+    home = _own(folder)
     plan = home.plan()
     token = make(home, silo, parse_duration(valid))
     if token_only:
@@ -160,7 +162,7 @@ def freeze(folder: Path) -> None:
     """Close the roster over the silos that have enrolled; print fingerprints to compare by phone."""
     from fedclip_secure.aggregator.home import freeze as close
 
-    contract, roster, terms = close(Home(folder))
+    contract, roster, terms = close(_own(folder))
     table = Table("party", "fingerprint of its key", box=None)
     for name, _ in roster.members:
         table.add_row(name, roster.fingerprint(name))
@@ -176,13 +178,13 @@ def freeze(folder: Path) -> None:
 
 @main.command(epilog="Example: fedclip-agg serve --dir lung-xray --listen 0.0.0.0:443")
 @_DIR
-@click.option("--listen", help="HOST:PORT; default: all addresses, the port of the plan's server.")
+@click.option("--listen", help="HOST:PORT; default: all addresses (IPv4 and IPv6), the port of the plan's server.")
 def serve(folder: Path, listen: str | None) -> None:
     """Serve enrolment and, once the roster is frozen, the rounds. A restart goes on where it was."""
     from fedclip_secure.aggregator.serve import serve as start
     from fedclip_secure.aggregator.serve import stop_on_signals
 
-    home = Home(folder)
+    home = _own(folder)
     host, port = _address(listen, home.plan().server)
 
     async def forever() -> None:
@@ -218,7 +220,7 @@ def give_up_attempt(folder: Path, yes: bool) -> None:
 
     if not yes and not click.confirm(_GIVING_UP):
         raise ConfigError("nothing was given up")
-    out.print(f"{give_up(Home(folder))} is given up", markup=False)
+    out.print(f"{give_up(_own(folder))} is given up", markup=False)
 
 
 @main.command(epilog="Example: fedclip-agg report --dir lung-xray reports/*.json")
@@ -234,7 +236,8 @@ def report(folder: Path, files: tuple[Path, ...], to: Path | None) -> None:
     from fedclip_secure.privacy.output import write_report
     from fedclip_secure.privacy.verify import failed_tests, read_report
 
-    data = make_federation_report(Home(folder), files)
+    home = Home(folder) if to else _own(folder)
+    data = make_federation_report(home, files)
     signed, page = write_report(to or folder / "report", data)
     out.print(f"{signed}, signed by the coordinator; {page} shows it", markup=False)
     if missing := silent_silos(data):
@@ -254,7 +257,8 @@ def export(folder: Path, to: Path | None) -> None:
     from fedclip_cli.exported import print_export
     from fedclip_secure.aggregator.export import export_last
 
-    print_export(*export_last(Home(folder), to or folder / "export"))
+    home = Home(folder) if to else _own(folder)
+    print_export(*export_last(home, to or folder / "export"))
 
 
 @main.command(epilog="Example: fedclip-agg demo --data DIR --unseen sketch --rounds 3")
@@ -353,6 +357,12 @@ def simulate(file: Path, folder: Path, workers: int | None, as_json: bool) -> No
         raise ConfigError("no cell could be run; the reasons stand above and in table.md")
 
 
+def _own(folder: Path) -> Home:
+    """The home of a command that writes there."""
+    check_owner(folder)
+    return Home(folder)
+
+
 def _print_status(state: RunStatus) -> None:
     stage = f", attempt {state.attempt} at stage {state.stage}" if state.stage else ""
     reason = f": {state.reason}" if state.reason else ""
@@ -363,6 +373,10 @@ def _print_status(state: RunStatus) -> None:
         done = len([row for row in state.finished_rounds if row["round"] <= state.rounds])
         now = f"round {state.round}{stage}; " if state.stage else ""
         out.print(f"{now}{done} of {state.rounds} training rounds averaged", markup=False)
+    over = state.server_certificate_ends < time.time()
+    until = "ended on" if over else "is valid until"
+    anew = ": start `fedclip-agg serve` again, which makes it anew" if over else ""
+    out.print(f"the server's certificate {until} {_date(state.server_certificate_ends)}{anew}", markup=False)
     if state.answered:
         out.print(f"answered: {', '.join(state.answered)}", markup=False)
     if state.floor is not None:
@@ -397,9 +411,9 @@ def _date(then: float | None) -> str:
     return "-" if then is None else datetime.fromtimestamp(then, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _address(listen: str | None, server: str) -> tuple[str, int]:
+def _address(listen: str | None, server: str) -> tuple[str | None, int]:
     if listen is None:
-        return "0.0.0.0", urlsplit(server).port or 443  # noqa: S104 - a server is there to be reached
+        return None, urlsplit(server).port or 443
     try:
         parts = urlsplit(f"//{listen}")
         if parts.hostname and parts.port:

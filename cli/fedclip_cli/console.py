@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedclip_secure.config.fields import CONTROL
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import FedClipError
 from fedclip_secure.extras import lacking
 from fedclip_secure.features.progress import Progress, ShowProgress
@@ -88,7 +89,7 @@ class Command(click.Command):
                 context.exit(1)
             if error.filename is None:  # not a file that a person could do something about
                 raise
-            _print_error(f"{error.filename}: {error.strerror}; check its owner and permissions")
+            _print_error(refused(error, str(error.filename), "be used"))
             context.exit(1)
         except KeyboardInterrupt:
             err.print(f"stopped. `{context.command_path}` goes on from here")

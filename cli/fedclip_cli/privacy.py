@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedclip_cli.console import FILE, FOLDER, Command, err, out, print_table, printable
-from fedclip_secure.config.silo import read_silo
+from fedclip_cli.owner import settings
+from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.silo.pins import load_accepted
@@ -68,7 +69,7 @@ def budget(path: Path, as_json: bool, federation: str | None, clock_was_wrong: b
     """
     from fedclip_secure.silo.account import cap_of, end_runs, existing_ledger, mend_clock, unfinished
 
-    config = read_silo(path)
+    config = settings(path)
     identity = Identity.load(Path(config.identity))
     if clock_was_wrong:
         mend_clock(config, identity)
@@ -102,7 +103,7 @@ def report(path: Path, folder: Path | None) -> None:
     from fedclip_secure.privacy.verify import verify as check
     from fedclip_secure.silo.report import make_report
 
-    config = read_silo(path)
+    config = settings(path)
     identity, accepted = Identity.load(Path(config.identity)), load_accepted(config)
     data = make_report(config, identity, accepted, second_opinion(accepted.contract))
     verdict = check(data)
@@ -127,10 +128,8 @@ def verify(file: Path, plan: str | None, roster: str | None, as_json: bool) -> N
     from fedclip_secure.privacy.verify import verify as check
     from fedclip_secure.privacy.verify_silo import Expected
 
-    try:
+    with telling(file):
         data = file.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: is missing") from error
     verdict = check(data, Expected(plan_pin=plan, roster_pin=roster))
     compared = {"plan": plan is not None, "roster": roster is not None}
     if as_json:
@@ -156,7 +155,7 @@ def audit(path: Path, as_json: bool) -> None:
     from fedclip_secure.silo.outcome import newest_model
     from fedclip_secure.silo.report import save_audit
 
-    config = read_silo(path)
+    config = settings(path)
     accepted = load_accepted(config)
     contract, workdir = accepted.contract, Path(config.workdir)
     noise = contract.lock.noise_multiplier

@@ -28,9 +28,11 @@ from fedclip_cli.console import (
 )
 from fedclip_cli.data import print_data
 from fedclip_cli.evaluation import Measured, evaluation_json, print_evaluation
+from fedclip_cli.owner import check_owner, settings
 from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.config.silo import Precision, SiloConfig, for_extraction, read_silo, write_silo
+from fedclip_secure.config.silo import Precision, SiloConfig, check_given, first_silo, for_extraction, write_silo
+from fedclip_secure.disk import check_disk
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_output
 from fedclip_secure.pki.identity import Identity
@@ -79,16 +81,21 @@ def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -
 
     Writes a silo.yaml to start from where there is none.
     """
-    name, left = Invitation.decode(token).name, ""
-    if not path.exists():
-        if click.get_current_context().get_parameter_source("images") == ParameterSource.DEFAULT:
-            left = f"set `data` in {path}; "
-        write_silo(path, name, images, weights)
-        out.print(f"wrote {path} to start from", markup=False)
-    config = read_silo(path)
+    name, new = Invitation.decode(token).name, not path.exists()
+    default = click.get_current_context().get_parameter_source("images") == ParameterSource.DEFAULT
+    check_owner(path.absolute().parent)
+    config = first_silo(path, name, images, weights) if new else settings(path)
     if config.name != name:
         raise ConfigError(f"{path}: name is {config.name!r}, the token is for {name!r}; use the right one of the two")
+    check_given(path, config, None if default else images, weights)
+    elsewhere = "run this in a folder on a local disk" if new else "name a folder on a local disk in silo.yaml"
+    check_disk(Path(config.identity), f"{elsewhere} (`identity`)", private=True)
+    check_disk(Path(config.workdir), f"{elsewhere} (`workdir`)")
     identity = run(get_certificate(url, token, Path(config.identity), waiting))
+    if new:  # only now: a second try must not find the options of one that failed
+        write_silo(path, name, images, weights)
+        out.print(f"wrote {path} to start from", markup=False)
+    left = f"set `data` in {path}; " if new and default else ""
     out.print(f"enrolled as {identity.name}; certificate until {identity.not_after:%Y-%m-%d}", markup=False)
     out.print(f"fingerprint of this silo's key: {readable_fingerprint(spki_sha256(identity.key.public))}", markup=False)
     out.print(f"next: {left}when the coordinator has frozen the roster, run `fedclip-silo accept`", markup=False)
@@ -99,7 +106,7 @@ def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -
 @click.option("--yes", is_flag=True, help="Accept without asking, where a person has compared before.")
 def accept(path: Path, yes: bool) -> None:
     """Show the plan, the lock and the roster; on consent, pin both in silo.yaml."""
-    config = read_silo(path)
+    config = settings(path)
     identity = Identity.load(Path(config.identity))
     offer, text_features = run(_fetch_offer(identity, Path(config.workdir)))
     terms = Terms.of(offer.contract, offer.roster)
@@ -135,7 +142,7 @@ def extract(path: Path, precision: Precision | None, strict: bool, verify: bool,
     """
     from fedclip_secure.training.inputs import load_inputs
 
-    config = read_silo(path)
+    config = settings(path)
     wanted, accepted = for_extraction(config, precision, strict), load_accepted(config)
     with image_progress(quiet=as_json) as progress:
         inputs = load_inputs(wanted, accepted.contract, progress, text_features_path(config), verify=verify)
@@ -162,7 +169,7 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
     """
     from fedclip_secure.silo.train import take_part
 
-    config = read_silo(path)
+    config = settings(path)
     identity = Identity.load(Path(config.identity))
     if abandon_round and not yes:
         question = giving_up(Path(config.workdir), identity.epoch_path, abandon_round)
@@ -196,7 +203,7 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
 @click.option("--yes", is_flag=True, help="Go on without asking.")
 def recover(path: Path, yes: bool) -> None:
     """Say how far this silo's journal has come; go on with one that was lost or restored from a backup."""
-    config = read_silo(path)
+    config = settings(path)
     identity, workdir = Identity.load(Path(config.identity)), Path(config.workdir)
     standing = look(workdir, identity.epoch_path)
     for line in standing.lines():
@@ -224,7 +231,7 @@ def evaluate(path: Path, adapter: str | None, split: str, as_json: bool) -> None
     from fedclip_secure.training.evaluate import evaluate as measure
     from fedclip_secure.training.plots import save_confusion
 
-    config = read_silo(path)
+    config = settings(path)
     accepted = load_accepted(config)
     terms = Terms.of(accepted.contract, accepted.roster)
     chosen = [choose(Path(config.workdir), name, terms) for name in ([adapter] if adapter else GLOBAL)]
@@ -259,7 +266,7 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
     from fedclip_secure.training.predict import find_images, to_csv
     from fedclip_secure.training.predict import predict as classify
 
-    config = read_silo(path)
+    config = settings(path)
     accepted = load_accepted(config)
     terms = Terms.of(accepted.contract, accepted.roster)
     state = choose(Path(config.workdir), adapter, terms).state

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from fedclip_secure.disk import telling
 from fedclip_secure.files import sync_folder, write_atomically, writing_atomically
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.ring import WORD, Words
 
+_RESTORE = "restore the coordinator's state folder"
+
 
 @dataclass(frozen=True, slots=True)
 class Blobs:
-    """Files below `folder`."""
+    """Files below `folder`. Every method but `make_folders` raises DataError where the disk refuses."""
 
     folder: Path
 
@@ -33,7 +36,9 @@ class Blobs:
 
     def vector(self, sha256: bytes) -> Words:
         """A masked vector or a sum, read-only, mapped from its file."""
-        return np.asarray(np.memmap(self.vector_path(sha256), dtype=WORD, mode="r"), dtype=np.uint32)
+        path = self.vector_path(sha256)
+        with telling(path, otherwise=_RESTORE):
+            return np.asarray(np.memmap(path, dtype=WORD, mode="r"), dtype=np.uint32)
 
     def save_vector(self, sha256: bytes, data: memoryview) -> None:
         """Keep a sum."""
@@ -41,7 +46,14 @@ class Blobs:
 
     def sync_vectors(self) -> None:
         """Put the names of vectors that have arrived on the disk."""
-        sync_folder(self.folder / "vectors")
+        with telling(self.folder / "vectors", "be written", _RESTORE):
+            sync_folder(self.folder / "vectors")
+
+    def remove_vector(self, sha256: bytes) -> None:
+        """Remove a vector that is of no more use, if it is there."""
+        path = self.vector_path(sha256)
+        with telling(path, "be removed", _RESTORE):
+            path.unlink(missing_ok=True)
 
     def new_vector_path(self) -> Path:
         """A name for a vector that is still arriving."""
@@ -49,8 +61,10 @@ class Blobs:
 
     def keep_vectors(self, wanted: Collection[bytes]) -> None:
         """Remove all but these: what was arriving, or about to be removed, when the server stopped."""
-        for path in set((self.folder / "vectors").iterdir()) - {self.vector_path(sha256) for sha256 in wanted}:
-            path.unlink()
+        kept, folder = {self.vector_path(sha256) for sha256 in wanted}, self.folder / "vectors"
+        with telling(folder, "be written", _RESTORE):
+            for path in set(folder.iterdir()) - kept:
+                path.unlink()
 
     def model_path(self, digest: bytes) -> Path:
         """Where a model lies, as safetensors."""
@@ -62,7 +76,12 @@ class Blobs:
 
     def copy_model(self, digest: bytes, sha256: bytes) -> None:
         """Keep as a model what is there as a file."""
-        with self.file_path(sha256).open("rb") as file, writing_atomically(self.model_path(digest)) as copy:
+        path = self.file_path(sha256)
+        with (
+            telling(path, otherwise=_RESTORE),
+            path.open("rb") as file,
+            writing_atomically(self.model_path(digest)) as copy,
+        ):
             shutil.copyfileobj(file, copy)
 
     def file_path(self, sha256: bytes) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError, FedClipError, ProtocolError, TransportError, TrustError
 from fedclip_secure.transport.problems import CONTENT_TYPE, Problem
 
@@ -72,9 +73,9 @@ async def problems(
     except (ConnectionError, web.RequestPayloadError):  # nobody is there to read this
         problem = Problem.of("truncated", 400, "the connection ended before the body did")
     except OSError as error:
-        problem = _disk(request, error)
+        problem = _disk(request, refused(error, error.filename or "the state folder", "be used"))
     except DataError as error:
-        problem = _disk(request, error)
+        problem = _disk(request, str(error))
     except FedClipError as error:
         problem = _problem_of(error)
     except Exception:  # a fault of ours: the log has it, the caller learns no more than that
@@ -83,9 +84,9 @@ async def problems(
     return web.Response(body=problem.encode(), status=problem.status, content_type=CONTENT_TYPE)
 
 
-def _disk(request: web.Request, error: Exception) -> Problem:
+def _disk(request: web.Request, fault: str) -> Problem:
     """The silo keeps what it has and tries again; paths of this machine are not its business."""
-    _log.error("%s %s: %s", request.method, request.rel_url.raw_path, error)
+    _log.error("%s %s: %s", request.method, request.rel_url.raw_path, fault)
     return Problem.of("storage", 503, "the aggregator's disk refuses; its log says why")
 
 

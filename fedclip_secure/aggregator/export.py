@@ -8,6 +8,7 @@ from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.store import RoundRow, Store
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import ExternalModel
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.export.facts import Facts
 from fedclip_secure.export.folder import write_export
@@ -23,7 +24,7 @@ def export_last(home: Home, folder: Path) -> tuple[Facts, list[Path]]:
         ConfigError: there is no federation here, or no round is finished. DataError: the store or the disk is at fault.
     """
     home.plan()  # is there a federation at all? A store would be made where there is none
-    store = home.store()
+    store = home.store_to_read()
     try:
         frozen, rows = store.frozen(), store.rounds()
         if frozen is None or not rows:
@@ -55,7 +56,7 @@ def _state(store: Store, digest: bytes, terms: Terms) -> AdapterState:
     try:
         state = AdapterState.from_file(path, terms.layout, str(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); restore the coordinator's state folder") from error
+        raise DataError(refused(error, path, otherwise="restore the coordinator's state folder")) from error
     if state.digest != digest:
         raise DataError(f"{path}: is not the model of its name; restore the coordinator's state folder")
     return state

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from importlib import resources
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedclip_secure.aggregator.store import Store
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.lock import Contract, ExternalEncoder, read_lock
 from fedclip_secure.config.plan import ExternalModel, FederationPlan
+from fedclip_secure.disk import check_disk, refused
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import AGGREGATOR
@@ -24,13 +26,15 @@ from fedclip_secure.pki.authority import (
     load_authority,
     server_names,
 )
-from fedclip_secure.pki.certificates import write_certificate
+from fedclip_secure.pki.certificates import check_dates, read_certificate, utc_time, write_certificate
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import SigningKey, write_private_key
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.privacy.releases import check_releases
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.terms import Terms
+
+_RENEWAL = timedelta(days=30)  # before its end a certificate is made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ class Home:
         Raises:
             TrustError: it is.
         """
-        store = self.store()
+        store = self.store_to_read()
         try:
             if store.frozen() is not None:
                 raise TrustError(
@@ -116,6 +120,10 @@ class Home:
         """The aggregator's database and files."""
         return Store(self.folder / "state")
 
+    def store_to_read(self) -> Store:
+        """The same, for what only looks: whoever runs it, nothing is written."""
+        return Store(self.folder / "state", reading=True)
+
 
 def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) -> Home:
     """Make a coordinator's folder: plan to edit, authority, server certificate, signing key.
@@ -126,6 +134,7 @@ def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) ->
     home = Home(folder)
     if home.plan_path.exists():
         raise ConfigError(f"{home.plan_path}: is there already; choose an empty folder")
+    check_disk(folder, "choose another folder, on a local disk", private=True)
     server_names(hosts)  # a typo must show before there is a folder that a second try would find
     authority = create_authority(home.authority_folder, federation)
     issue_server_certificate(home, authority, hosts)
@@ -146,6 +155,34 @@ def issue_server_certificate(home: Home, authority: Authority, hosts: Sequence[s
     key, certificate = authority.issue_server(hosts)
     write_private_key(home.server_key, key)
     write_certificate(home.server_certificate, certificate)
+
+
+def renew_server_certificate(home: Home, authority: Authority, now: datetime) -> str | None:
+    """Make the server's certificate anew where it ends within 30 days; the line for a person, where there is one.
+
+    The key and the hosts stay. Silos notice nothing: they pin the authority.
+
+    Raises:
+        TrustError: it, or the authority, is not valid yet; the authority has expired.
+        DataError: the disk refuses.
+    """
+    certificate = read_certificate(home.server_certificate)
+    ends, last = certificate.not_valid_after_utc, authority.certificate.not_valid_after_utc
+    if now < certificate.not_valid_before_utc:
+        check_dates(certificate, f"'{home.server_certificate}': the server's certificate", "set the clock")
+    if ends - now > _RENEWAL:
+        return None
+    if last - now <= _RENEWAL and now < ends:
+        return (
+            f"the authority of {authority.federation} ends on {utc_time(last)}, and with it every certificate: end the "
+            "run before, and begin a new federation with `fedclip-agg init`"
+        )
+    renewed = authority.renew_server(certificate)
+    write_certificate(home.server_certificate, renewed)
+    was = "ended" if ends < now else "would have ended"
+    return (
+        f"the server's certificate {was} on {utc_time(ends)}; made anew until {utc_time(renewed.not_valid_after_utc)}"
+    )
 
 
 def invite(home: Home, silo: str, valid: float) -> str:
@@ -210,7 +247,7 @@ def _locked_files(home: Home, contract: Contract) -> list[bytes]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); run `fedclip-agg prepare`") from error
+            raise DataError(refused(error, path, otherwise="run `fedclip-agg prepare`")) from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DataError(f"{path}: has changed since `prepare`; run `fedclip-agg prepare` again")
         files.append(data)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.keys import SigningKey
@@ -28,7 +29,7 @@ def make_federation_report(home: Home, files: Sequence[Path]) -> bytes:
         TrustError: a report does not pass, or is no silo's of this federation.
     """
     reports = [_read(path) for path in files]
-    store = home.store()
+    store = home.store_to_read()
     try:
         frozen = store.frozen()
         if frozen is None:
@@ -62,7 +63,7 @@ def _read(path: Path) -> SiloReport:
     try:
         report = read_report(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(refused(error, path)) from error
     except TrustError as error:
         raise TrustError(f"{path}: {error}") from error
     if not isinstance(report, SiloReport):

@@ -9,6 +9,7 @@ from typing import Any
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.store import Event, RoundRow, Store
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.pki.certificates import read_certificate
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.terms import Terms
@@ -40,6 +41,7 @@ class RunStatus:
     attempt: int
     stage: str | None
     answered: list[str]  # in the present stage
+    server_certificate_ends: float  # seconds since 1970
     floor: int | None
     absent_tolerated: int | None
     silos: list[SiloStatus]
@@ -58,7 +60,7 @@ def read_status(home: Home, now: float) -> RunStatus:
         ConfigError: there is no federation here.
     """
     plan = home.plan()
-    store = home.store()
+    store = home.store_to_read()
     try:
         frozen, terms = store.frozen(), None
         if frozen is not None:  # what the file says by now does not count any more
@@ -78,6 +80,7 @@ def read_status(home: Home, now: float) -> RunStatus:
             attempt=last.number if last is not None else 0,
             stage=None if stage is None else stage.name.lower(),
             answered=[] if stage is None or last is None else [s for s, _ in store.messages(last.number, stage)],
+            server_certificate_ends=read_certificate(home.server_certificate).not_valid_after_utc.timestamp(),
             floor=None if terms is None else terms.floor,
             absent_tolerated=None if terms is None else terms.absent_tolerated,
             silos=_silos(store, now, plan.training.rounds),

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO
 
 from fedclip_secure.aggregator.blobs import Blobs
+from fedclip_secure.disk import is_damage, is_locked, lock_file, refused
 from fedclip_secure.errors import DataError, ProtocolError, TrustError
 
 _VERSION = 1
+_PATIENCE = 30  # seconds that another process's write is waited for
+_ELSEWHERE = "give another folder with --dir"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS invitations (
     secret_hash BLOB PRIMARY KEY, silo TEXT NOT NULL, expires_at REAL NOT NULL, csr_hash BLOB);
@@ -105,55 +108,74 @@ class Event:
 class Store:
     """The aggregator's database and files in `folder`, made on first use (0700: it holds sealing keys)."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.blobs = Blobs(folder)
-        try:
-            self.blobs.make_folders()
-            self._sql = sqlite3.connect(folder / "aggregator.sqlite", timeout=30, isolation_level=None)
-            self._sql.execute("PRAGMA journal_mode=WAL")
-            self._sql.execute("PRAGMA synchronous=FULL")
-            self._sql.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
-            self._check_version()
-            self._sql.executescript(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise DataError(f"{folder}: cannot be used as the aggregator's state ({error})") from error
+    def __init__(self, folder: Path, *, reading: bool = False) -> None:
+        """`reading`: nothing is written, be it beside a running server, without one, or before there is a state.
 
-    def _check_version(self) -> None:
-        """Nothing is written into a database that this version would not understand."""
+        Raises:
+            DataError: the disk refuses, or it is no aggregator's state of this version.
+        """
+        self._folder, self._path = folder, folder / "aggregator.sqlite"
+        self.blobs = Blobs(folder)
+        with self._usable():
+            self._sql = _opened_to_read(self._path) if reading else self._opened()
+            if self._is_new():
+                if reading:
+                    self._sql = sqlite3.connect(":memory:")
+                self._sql.execute(f"PRAGMA user_version = {_VERSION}")
+            if not reading or self._is_new():
+                self._sql.executescript(_SCHEMA)
+
+    def _opened(self) -> sqlite3.Connection:
+        self.blobs.make_folders()
+        sql = sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
+        sql.execute("PRAGMA journal_mode=WAL")
+        sql.execute("PRAGMA synchronous=FULL")
+        sql.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
+        return sql
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(refused(error, self._folder, "be used as the aggregator's state", _ELSEWHERE)) from error
+        except sqlite3.IntegrityError:  # a fault of ours, and not of the file
+            raise
+        except sqlite3.Error as error:
+            if is_damage(error):
+                raise DataError(
+                    f"'{self._path}': is damaged as the aggregator's state ({error}); restore the newest backup of the "
+                    "whole folder that `init` made"
+                ) from error
+            raise DataError(refused(error, self._path, "be used as the aggregator's state", _ELSEWHERE)) from error
+
+    def _is_new(self) -> bool:
+        """Whether it has no tables yet. Nothing is written into a database that this version would not understand."""
         (version,) = self._sql.execute("PRAGMA user_version").fetchone()
         (tables,) = self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not tables:
-            self._sql.execute(f"PRAGMA user_version = {_VERSION}")
-        elif version != _VERSION:
+        if tables and version != _VERSION:
             raise DataError(
                 f"{self._folder}: was written by another version of fedclip-agg; finish that run with that version, "
                 "or start in a new folder"
             )
+        return not tables
 
-    def lock(self) -> TextIO:
+    def lock(self) -> BinaryIO:
         """Keep other servers off this state while the file that is returned is open.
 
         Raises:
-            DataError: another server runs on it.
+            DataError: another server runs on it; or the disk refuses.
         """
-        import fcntl  # noqa: PLC0415 - not on Windows, where `--help` is to be read too
-
-        file = (self._folder / "serve.lock").open("w", encoding="ascii")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise DataError(f"{self._folder}: another `fedclip-agg serve` runs on it; stop that one first") from error
-        return file
+        held = f"'{self._folder}': another `fedclip-agg serve` runs on it; stop that one first"
+        return lock_file(self._folder / "serve.lock", held)
 
     def locked(self) -> bool:
-        """Whether a server runs on this state."""
-        try:
-            self.lock().close()
-        except DataError:
-            return True
-        return False
+        """Whether a server runs on this state.
+
+        Raises:
+            DataError: the disk refuses to tell.
+        """
+        return is_locked(self._folder / "serve.lock")
 
     def close(self) -> None:
         """Close the database."""
@@ -161,17 +183,21 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._sql.execute("BEGIN IMMEDIATE")
-            yield self._sql
-            self._sql.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            raise DataError(
-                f"{self._folder}: the aggregator's state cannot be written ({error}); free space"
-            ) from error
-        finally:
-            if self._sql.in_transaction:  # SQLite ends some that fail by itself
-                self._sql.execute("ROLLBACK")
+        with self._usable():
+            try:
+                self._sql.execute("BEGIN IMMEDIATE")
+                yield self._sql
+                self._sql.execute("COMMIT")
+            finally:
+                if self._sql.in_transaction:  # SQLite ends some that fail by itself
+                    self._sql.execute("ROLLBACK")
+
+    def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[Any]:
+        with self._usable():
+            return self._sql.execute(query, values).fetchall()
+
+    def _row(self, query: str, values: tuple[object, ...] = ()) -> Any:
+        return next(iter(self._rows(query, values)), None)
 
     # Enrolment
 
@@ -187,9 +213,7 @@ class Store:
         Raises:
             TrustError: unknown, expired, or used with another request.
         """
-        row = self._sql.execute(
-            "SELECT silo, expires_at, csr_hash FROM invitations WHERE secret_hash = ?", (secret_hash,)
-        ).fetchone()
+        row = self._row("SELECT silo, expires_at, csr_hash FROM invitations WHERE secret_hash = ?", (secret_hash,))
         if row is None:
             raise TrustError("the token is not known here: another was made since, or it is of another federation")
         silo, expires_at, csr_hash = row
@@ -218,12 +242,12 @@ class Store:
 
     def members(self) -> list[Member]:
         """All enrolled silos, in the order of names."""
-        return [Member(*row) for row in self._sql.execute("SELECT * FROM members ORDER BY silo")]
+        return [Member(*row) for row in self._rows("SELECT * FROM members ORDER BY silo")]
 
     def open_invitations(self, now: float) -> list[tuple[str, float]]:
         """Invitations that can still be used: silo, expiry."""
         query = "SELECT silo, expires_at FROM invitations WHERE csr_hash IS NULL AND expires_at >= ? ORDER BY silo"
-        return [(silo, expires) for silo, expires in self._sql.execute(query, (now,))]
+        return [(silo, expires) for silo, expires in self._rows(query, (now,))]
 
     def freeze(self, contract: bytes, roster: bytes) -> None:
         """Close the roster, once and for all."""
@@ -232,7 +256,7 @@ class Store:
 
     def frozen(self) -> tuple[bytes, bytes] | None:
         """Contract and roster in canonical form, once they are frozen."""
-        row = self._sql.execute("SELECT contract, roster FROM frozen").fetchone()
+        row = self._row("SELECT contract, roster FROM frozen")
         return None if row is None else (row[0], row[1])
 
     # Attempts
@@ -247,7 +271,7 @@ class Store:
 
     def last_attempt(self) -> AttemptRow | None:
         """The newest attempt."""
-        row = self._sql.execute("SELECT * FROM attempts ORDER BY number DESC LIMIT 1").fetchone()
+        row = self._row("SELECT * FROM attempts ORDER BY number DESC LIMIT 1")
         return None if row is None else AttemptRow(*row)
 
     def close_phase(self, attempt: int) -> None:
@@ -271,14 +295,14 @@ class Store:
                 (" ".join(sorted(silo for silo, _ in uploads)), attempt),
             )
             sql.execute("DELETE FROM messages WHERE attempt = ? AND phase < 5", (attempt,))
-        self._sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was overwritten, until it is cut
+        self._rows("PRAGMA wal_checkpoint(TRUNCATE)")  # the log holds what was overwritten, until it is cut
         for vector in vectors:
-            self.blobs.vector_path(vector).unlink(missing_ok=True)
+            self.blobs.remove_vector(vector)
 
     def asked(self, round_number: int) -> list[tuple[str, ...]]:
         """The lists of survivors that silos were asked to agree to in earlier attempts at a round."""
         query = "SELECT DISTINCT survivors FROM attempts WHERE round = ? AND survivors <> ''"
-        return [tuple(names.split()) for (names,) in self._sql.execute(query, (round_number,))]
+        return [tuple(names.split()) for (names,) in self._rows(query, (round_number,))]
 
     def tries_since_asked(self, round_number: int) -> int:
         """Attempts at a round that have ended since silos were last asked to agree."""
@@ -286,12 +310,12 @@ class Store:
             "SELECT count(*) FROM attempts WHERE round = ? AND ended IS NOT NULL AND number > "
             "(SELECT max(number) FROM attempts WHERE round = ? AND survivors <> '')"
         )
-        return int(self._sql.execute(query, (round_number, round_number)).fetchone()[0])
+        return int(self._row(query, (round_number, round_number))[0])
 
     def ended_attempts(self, round_number: int) -> int:
         """Attempts at a round that have ended."""
         query = "SELECT count(*) FROM attempts WHERE round = ? AND ended IS NOT NULL"
-        return int(self._sql.execute(query, (round_number,)).fetchone()[0])
+        return int(self._row(query, (round_number,))[0])
 
     def known(self, attempt: int, phase: int, silo: str, received: bytes) -> bool:
         """Whether this very message was acknowledged before.
@@ -300,7 +324,7 @@ class Store:
             ProtocolError: `differs`: another one was.
         """
         query = "SELECT received_hash FROM messages WHERE attempt = ? AND phase = ? AND silo = ?"
-        row = self._sql.execute(query, (attempt, phase, silo)).fetchone()
+        row = self._row(query, (attempt, phase, silo))
         if row is None:
             return False
         if row[0] != received:
@@ -317,7 +341,7 @@ class Store:
     def messages(self, attempt: int, phase: int) -> list[tuple[str, bytes]]:
         """Silo and body of a phase's messages, in the order they came."""
         query = "SELECT silo, body FROM messages WHERE attempt = ? AND phase = ? ORDER BY rowid"
-        return [(silo, body) for silo, body in self._sql.execute(query, (attempt, phase))]
+        return [(silo, body) for silo, body in self._rows(query, (attempt, phase))]
 
     # Rounds
 
@@ -332,11 +356,11 @@ class Store:
             sql.execute("UPDATE attempts SET closed = closed + 1 WHERE number = ?", (row.attempt,))
         for earlier in self.rounds()[:-1]:  # who was away then takes the model, not the sum
             if earlier.sum_hash != row.sum_hash:
-                self.blobs.vector_path(earlier.sum_hash).unlink(missing_ok=True)
+                self.blobs.remove_vector(earlier.sum_hash)
 
     def rounds(self) -> list[RoundRow]:
         """All finished rounds."""
-        rows = self._sql.execute("SELECT * FROM rounds ORDER BY round")
+        rows = self._rows("SELECT * FROM rounds ORDER BY round")
         return [RoundRow(r[0], r[1], tuple(r[2].split()), *r[3:]) for r in rows]
 
     def add_complaint(self, row: AttemptRow, accuser: str, accused: str) -> None:
@@ -350,7 +374,7 @@ class Store:
     def complaints(self, round_number: int) -> list[tuple[str, str]]:
         """Accuser and accused of a round's complaints, in the order they came."""
         query = "SELECT accuser, accused FROM complaints WHERE round = ? ORDER BY id"
-        return self._sql.execute(query, (round_number,)).fetchall()
+        return self._rows(query, (round_number,))
 
     def keep_receipt(self, silo: str, wire: bytes) -> None:
         """Keep the newest receipt of a silo's privacy ledger."""
@@ -359,7 +383,7 @@ class Store:
 
     def receipt(self, silo: str) -> bytes | None:
         """The newest receipt of a silo."""
-        row = self._sql.execute("SELECT wire FROM receipts WHERE silo = ?", (silo,)).fetchone()
+        row = self._row("SELECT wire FROM receipts WHERE silo = ?", (silo,))
         return None if row is None else bytes(row[0])
 
     def halt(self, reason: str, void: bytes | None) -> None:
@@ -369,7 +393,7 @@ class Store:
 
     def halted(self) -> tuple[str, bytes | None] | None:
         """Why the run cannot go on, and the signed word that says so."""
-        row = self._sql.execute("SELECT reason, void FROM halted").fetchone()
+        row = self._row("SELECT reason, void FROM halted")
         return None if row is None else (row[0], row[1])
 
     # What a coordinator sees
@@ -385,7 +409,7 @@ class Store:
     def events(self) -> list[Event]:
         """All events, oldest first."""
         query = "SELECT at, kind, round, attempt, silo, stage, reason FROM events ORDER BY id"
-        return [Event(*row) for row in self._sql.execute(query)]
+        return [Event(*row) for row in self._rows(query)]
 
     def seen(self, silo: str, now: float) -> None:
         """A silo was heard of."""
@@ -394,9 +418,20 @@ class Store:
 
     def presence(self) -> dict[str, float]:
         """When each silo was last heard of."""
-        return dict(self._sql.execute("SELECT silo, seen_at FROM presence").fetchall())
+        return dict(self._rows("SELECT silo, seen_at FROM presence"))
 
     def vectors_wanted(self) -> set[bytes]:
         """SHA-256 of the vectors that a running attempt or the last round still needs."""
-        bodies = self._sql.execute("SELECT body FROM messages WHERE phase = 2")
+        bodies = self._rows("SELECT body FROM messages WHERE phase = 2")
         return {row.sum_hash for row in self.rounds()[-1:]} | {body[:32] for (body,) in bodies}
+
+
+def _opened_to_read(path: Path) -> sqlite3.Connection:
+    """The database as it stands; an empty one where it is not there yet."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return sqlite3.connect(":memory:")
+    # Where there is no log all is in the file itself, and SQLite would make a log only to read it.
+    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{alone}", timeout=_PATIENCE, uri=True)

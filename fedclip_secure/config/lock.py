@@ -12,6 +12,7 @@ from pydantic import Field
 from fedclip_secure import canonical
 from fedclip_secure.config.fields import LATER, LEAST_NOISE, MOST_NOISE, Number, Sha256, Strict, Text, check
 from fedclip_secure.config.plan import FederationPlan, TimmName
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.files import write_atomically
 
@@ -157,7 +158,9 @@ def read_lock(path: Path) -> FederationLock:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: is missing; run `fedclip-agg prepare`") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(refused(error, path)) from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); run `fedclip-agg prepare` again") from error
     return check(data, FederationLock, str(path))
 

@@ -138,7 +138,31 @@ def read_silo(path: Path) -> SiloConfig:
     """
     if not path.exists():
         raise ConfigError(f"{path}: is missing; `fedclip-silo enroll` writes one to start from")
-    config = read_model(path, SiloConfig)
+    return _located_at(path, read_model(path, SiloConfig))
+
+
+def first_silo(path: Path, name: str, images: str, weights: str | None) -> SiloConfig:
+    """What `read_silo` would give after `write_silo` with the same arguments; nothing is written."""
+    data = FolderData(format="folder", path=images)
+    return _located_at(path, SiloConfig(name=name, data=data, weights=weights))
+
+
+def check_given(path: Path, config: SiloConfig, images: str | None, weights: str | None) -> None:
+    """Refuse what a person gives beside a `silo.yaml` at `path` that says otherwise.
+
+    Raises:
+        ConfigError: names the key and both values.
+    """
+    home = path.resolve().parent
+    for key, given, there in (("data.path", images, config.data.path), ("weights", weights, config.weights)):
+        if given is not None and _absolute(home, given) != there:
+            raise ConfigError(
+                f"'{path}': is there already, and `{key}` in it is {there!r}, not {given!r}; change it there, or leave "
+                f"out --{'images' if key == 'data.path' else key}"
+            )
+
+
+def _located_at(path: Path, config: SiloConfig) -> SiloConfig:
     home = path.resolve().parent
     paths = {
         "data": _located(config.data, home),

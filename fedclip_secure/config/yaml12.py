@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError
 
 _MAX_DIGITS = 30  # of an integer; Python takes ever longer to print long ones, and refuses at 4300
@@ -88,7 +89,7 @@ def read_yaml(path: Path) -> Any:
         # SafeLoader in all but its scalar rules: it builds plain data only.
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(refused(error, path)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -101,13 +102,15 @@ def replace_scalar(path: Path, key: str, value: str) -> str:
     A missing key is appended. The caller writes the text.
 
     Raises:
-        ConfigError: the file is written in a way that leaves no place for the key, as `{name: a}` does.
+        ConfigError: the file cannot be read, or is written in a way that leaves no place for the key, as `{name: a}`.
     """
     try:
         text = path.read_bytes().decode("utf-8")  # as it is: read_text() would change the ends of lines
         edited = _edit(text, key, value)
         before, after = (yaml.load(each, Loader=_Loader) for each in (text, edited))  # noqa: S506 - as above
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except OSError as error:
+        raise ConfigError(refused(error, path)) from error
+    except (ValueError, yaml.YAMLError, RecursionError):
         before = after = edited = None
     if edited is None or after != {**(before or {}), key: value}:
         raise ConfigError(f"{path}: has no place where `{key}` could be set; add this line yourself:\n{key}: {value}")

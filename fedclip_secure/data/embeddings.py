@@ -19,6 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from fedclip_secure.data.dataset import FeatureSet, Floats
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 
 Array = npt.NDArray[np.generic]
@@ -101,9 +102,10 @@ def _read(path: Path) -> _File:
     if reader is None:
         raise DataError(f"{path}: must be a .safetensors or .npz file")
     try:
+        path.open("rb").close()  # safe_open's own errors carry no errno
         return reader(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check `data.path`") from error
+        raise DataError(refused(error, path, otherwise="check `data.path`")) from error
     except (SafetensorError, zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, AttributeError) as error:
         raise DataError(f"{path}: is damaged or holds what is no plain array ({error}); export it again") from error
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, composed, decomposed, near, some
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.patients import unit_of, warn_of_likes
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.files import is_of_windows
 from fedclip_secure.names import Column, Normalisation
@@ -163,7 +164,7 @@ def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}); export it as CSV UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check `data` in silo.yaml") from error
+        raise DataError(refused(error, path, otherwise="check `data` in silo.yaml")) from error
 
 
 def _places(path: Path, header: list[str], wanted: _Header) -> dict[Column, int]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fedclip_secure.data.drawings import draw
 from fedclip_secure.data.looks import Look, render
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 
 CLASSES: Mapping[str, str] = MappingProxyType(
@@ -152,6 +153,4 @@ def write_lab(folder: Path, name: str, seed: int) -> None:
         for kind, number, image in images(name, seed):
             image.save(folder / kind / f"{number:03}.png", compress_level=1)
     except OSError as error:
-        raise DataError(
-            f"{folder}: the drawn images cannot be written ({error.strerror}); free space or choose another folder"
-        ) from error
+        raise DataError(refused(error, folder, "be written", "choose another folder")) from error

@@ -5,7 +5,6 @@ Nothing that cannot be looked at counts as empty, and what systems leave beside 
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable
@@ -13,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from fedclip_secure.disk import PASSING, remedy
 from fedclip_secure.errors import DataError
 
 T = TypeVar("T")
 PATIENCE = (0.5, 2.0, 8.0)  # seconds between tries of what a share may do a moment later
-PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR})
 
 # Folders and files, lower-case, of systems and not of people: thumbnails, snapshots, bins, and what zip adds.
 _HOUSEKEEPING = frozenset({
@@ -79,7 +78,7 @@ def looked_at(look: Callable[[], T], path: str | Path) -> T:
     try:
         return patiently(look)
     except OSError as error:
-        raise DataError(f"'{path}': cannot be read ({error.strerror}); {remedy(error)}") from error
+        raise DataError(f"'{path}': cannot be read ({error.strerror}); {remedy(error, path)}") from error
 
 
 def patiently(look: Callable[[], T]) -> T:
@@ -96,15 +95,6 @@ def patiently(look: Callable[[], T]) -> T:
                 raise
         time.sleep(wait)
     return look()
-
-
-def remedy(error: OSError) -> str:
-    """What a person does about a fault of the disk, and not of the file."""
-    if error.errno in {errno.EACCES, errno.EPERM}:
-        return "let the user that runs this program read it, or move it away"
-    if error.errno in PASSING:
-        return "the disk or the share fails; check it, and run again"
-    return "check the path"
 
 
 def _entries(here: str) -> list[os.DirEntry[str]]:

@@ -32,7 +32,7 @@ from fedclip_secure.demo.scene import (
     write_plan,
 )
 from fedclip_secure.errors import ConfigError, TransportError
-from fedclip_secure.files import write_atomically
+from fedclip_secure.files import make_folder, write_atomically
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.sizes import upload_bytes
 from fedclip_secure.secagg.terms import Terms
@@ -132,10 +132,7 @@ def conduct(options: Options, telling: Telling) -> Outcome:
 def _claim(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: is not an empty folder; choose another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from error
+    make_folder(out, "choose another with --out")
 
 
 def _folder(out: Path, site: Site) -> Path:

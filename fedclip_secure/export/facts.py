@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.model.state import AdapterState
@@ -134,7 +135,7 @@ def read_facts(path: Path, state: AdapterState) -> Facts:
     Raises:
         DataError: the card is missing, damaged, or another adapter's.
     """
-    card = path.with_suffix(".json")
+    card, writer = path.with_suffix(".json"), "personalize" if path.stem == "personal" else "train"
     try:
         read = json.loads(card.read_text("utf-8"))
         if read["model_digest"] != state.digest.hex():
@@ -149,8 +150,9 @@ def read_facts(path: Path, state: AdapterState) -> Facts:
             scope=str(counted.get("scope", ALL_SILOS)),
             personal=_personal(read.get("personal")),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        writer = "personalize" if path.stem == "personal" else "train"
+    except OSError as error:
+        raise DataError(refused(error, card, otherwise=f"`fedclip-silo {writer}` writes this card")) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{card}: cannot be read as an adapter's card; `fedclip-silo {writer}` writes it anew"
         ) from error

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 from fedclip_secure.config.lock import Contract, ExternalEncoder
 from fedclip_secure.config.plan import SHIPPED, OpenClipModel
 from fedclip_secure.data.embeddings import read_text_features
+from fedclip_secure.disk import telling
 from fedclip_secure.errors import DataError
 from fedclip_secure.export.card import model_card
 from fedclip_secure.export.facts import Facts, write_card
@@ -49,12 +50,17 @@ def write_export(
     return [path, folder / "adapter.json", *(folder / name for name in files)]
 
 
+def _sha256(path: Path) -> str:
+    with telling(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _text_features(contract: Contract, path: Path | None) -> bytes | None:
     """An external model's text features in the order of the plan's classes, each of norm 1."""
     lock = contract.lock.encoder
     if not isinstance(lock, ExternalEncoder):
         return None
-    if path is None or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != lock.text_features_sha256:
+    if path is None or not path.is_file() or _sha256(path) != lock.text_features_sha256:
         raise DataError(
             f"{path}: is not the file of text features that the lock names (SHA-256 {lock.text_features_sha256}); "
             "copy it here again"

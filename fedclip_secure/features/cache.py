@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedclip_secure.data.dataset import Floats, empty_rows
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.files import write_atomically
 
@@ -97,9 +98,7 @@ class FeatureCache:
         try:
             aside = path.replace(path.with_suffix(".damaged"))
         except OSError as error:
-            raise DataError(
-                f"{path}: is damaged and cannot be set aside ({error.strerror}); delete the file"
-            ) from error
+            raise DataError(refused(error, path, "be set aside, and it is damaged", "delete the file")) from error
         self.damaged.append(aside)
         _log.warning("%s: is damaged and was set aside; its images are encoded again", aside)
 
@@ -119,7 +118,7 @@ class FeatureCache:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, or delete the file") from error
+            raise DataError(refused(error, path, otherwise="run again: its images are encoded again")) from error
         if hashlib.sha256(data).hexdigest() != path.stem:
             return None
         try:

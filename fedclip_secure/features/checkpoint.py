@@ -20,6 +20,7 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ModelError
 from fedclip_secure.extras import check_installed
 from fedclip_secure.features.download import first_line, from_hub
@@ -38,7 +39,7 @@ def sha256_of(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path of the weights") from error
+        raise ModelError(refused(error, path, otherwise="check the path of the weights")) from error
 
 
 def pinned(weights: Path | None, fetch: Callable[[], Path] | None, pretrained: str, sha256: str) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import OpenClipEncoder
 from fedclip_secure.config.plan import SHIPPED, OpenClipModel
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ModelError
 from fedclip_secure.features.checkpoint import (
     check_file,
@@ -111,7 +112,9 @@ def _config(model: OpenClipModel, home: Path) -> tuple[dict[str, Any], dict[str,
     path = home / model.config
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(refused(error, path, otherwise="check `model.config`")) from error
+    except UnicodeDecodeError as error:
         raise ModelError(f"{path}: cannot be read ({error}); check `model.config`") from error
     whole = _parsed(text, str(path))
     if not isinstance(whole, dict) or "model_cfg" not in whole:

@@ -20,7 +20,8 @@ from fedclip_secure import canonical
 from fedclip_secure.data.dataset import FeatureSet, Floats, ImageFile
 from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.image import decode_image
-from fedclip_secure.data.walk import PASSING, patiently, remedy
+from fedclip_secure.data.walk import patiently
+from fedclip_secure.disk import PASSING, refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.batch import batch_size as fitting_batch_size
 from fedclip_secure.features.broken import Broken, check_classes_left
@@ -257,8 +258,8 @@ def _read(number: int, path: Path, work: _Work) -> _Read:
         return _Read(number, contents, fault=Broken(number, path, str(error)))
     except OSError as error:
         if error.errno in PASSING:
-            raise DataError(f"'{path}': cannot be read ({error.strerror}); {remedy(error)}") from error
-        return _Read(number, fault=Broken(number, path, f"{path}: cannot be read ({error.strerror})"))
+            raise DataError(refused(error, path)) from error
+        return _Read(number, fault=Broken(number, path, refused(error, path)))
 
 
 def _gather(files: Sequence[ImageFile], keys: Sequence[bytes | None], cache: FeatureCache) -> FeatureSet:

@@ -15,7 +15,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from fedclip_secure.data.facts import ImageFacts
+from fedclip_secure.disk import is_damage, refused
 from fedclip_secure.errors import DataError
+from fedclip_secure.files import make_folder
 
 _log = logging.getLogger(__name__)
 _WAIT = 60.0  # seconds that another process's write is waited for
@@ -84,18 +86,13 @@ class FileIndex:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{path.parent}: cannot be made ({error.strerror}); check `workdir` in silo.yaml"
-            ) from error
+        make_folder(path.parent, "check `workdir` in silo.yaml")
         with self._told():
             try:
                 self._open()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError:  # no database, or a damaged one
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
                 _log.warning("%s: is damaged and was deleted; every image is read once more", path)
                 self._connection.close()
                 path.unlink(missing_ok=True)
@@ -165,7 +162,7 @@ class FileIndex:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise DataError(f"{self._path}: cannot be used ({error}); free space, or delete the file") from error
+            raise DataError(refused(error, self._path, "be used", "check `workdir` in silo.yaml")) from error
 
 
 def _unchanged(path: Path, size: int, mtime_ns: int) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import TimmEncoder
 from fedclip_secure.config.plan import TimmModel
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ModelError
 from fedclip_secure.features.checkpoint import mismatch, pinned, sha256_of
 from fedclip_secure.features.download import first_line, from_hub
@@ -152,6 +153,10 @@ def _filled(network: nn.Module, weights: Path, model: str) -> nn.Module:
 
 
 def _read(weights: Path) -> dict[str, Tensor]:
+    try:
+        weights.open("rb").close()  # the readers' own errors carry no errno
+    except OSError as error:
+        raise ModelError(refused(error, weights, otherwise="check the path of the weights")) from error
     try:
         safe = weights.suffix == ".safetensors"
         state = load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)

@@ -70,6 +70,19 @@ class Authority:
         builder = self._leaf(AGGREGATOR, key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH)
         return key, builder.add_extension(names, critical=False).sign(self.key, hashes.SHA256())
 
+    def renew_server(self, certificate: x509.Certificate) -> x509.Certificate:
+        """The server's certificate for the same key and hosts, with a life from today.
+
+        Raises:
+            TrustError: the authority itself has expired, or `certificate` names no hosts.
+        """
+        key = certificate.public_key()
+        names = [item.value for item in certificate.extensions if isinstance(item.value, x509.SubjectAlternativeName)]
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not names:
+            raise TrustError("the server's certificate is none that `fedclip-agg init` made; restore it")
+        builder = self._leaf(AGGREGATOR, key, ExtendedKeyUsageOID.SERVER_AUTH)
+        return builder.add_extension(names[0], critical=False).sign(self.key, hashes.SHA256())
+
     def issue_silo(self, name: str, csr: bytes) -> x509.Certificate:
         """Certify the Ed25519 key of `csr` (PKCS #10, DER) for the silo that was invited as `name`.
 

@@ -11,7 +11,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedclip_secure.errors import TrustError
+from fedclip_secure.disk import refused
+from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import NAME_PATTERN
 
@@ -40,12 +41,14 @@ def read_certificate(path: Path) -> x509.Certificate:
     """Read one certificate.
 
     Raises:
-        TrustError: missing, unreadable, or not one certificate.
+        TrustError: missing, or not one certificate. DataError: the disk refuses.
     """
     try:
         return parse_certificate(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise TrustError(f"'{path}': the certificate is missing; restore it") from error
     except OSError as error:
-        raise TrustError(f"{path}: the certificate cannot be read ({error.strerror}); restore it") from error
+        raise DataError(refused(error, path, otherwise="restore the certificate there")) from error
 
 
 def write_certificate(path: Path, certificate: x509.Certificate) -> None:
@@ -94,13 +97,13 @@ def check_dates(certificate: x509.Certificate, what: str, remedy: str) -> None:
     now = datetime.now(UTC)
     if now > certificate.not_valid_after_utc:
         raise TrustError(
-            f"{what} expired on {_date(certificate.not_valid_after_utc)} "
-            f"(this machine's clock says {_date(now)}); {remedy}"
+            f"{what} expired on {utc_time(certificate.not_valid_after_utc)} "
+            f"(this machine's clock says {utc_time(now)}); {remedy}"
         )
     if now < certificate.not_valid_before_utc:
         raise TrustError(
-            f"{what} is valid only from {_date(certificate.not_valid_before_utc)} "
-            f"and this machine's clock says {_date(now)}; set the clock"
+            f"{what} is valid only from {utc_time(certificate.not_valid_before_utc)} "
+            f"and this machine's clock says {utc_time(now)}; set the clock"
         )
 
 
@@ -109,5 +112,6 @@ def _only(subject: x509.Name, oid: x509.ObjectIdentifier) -> str:
     return str(values[0].value) if len(values) == 1 else ""
 
 
-def _date(when: datetime) -> str:
+def utc_time(when: datetime) -> str:
+    """As messages give a time."""
     return f"{when:%Y-%m-%d %H:%M} UTC"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
+from fedclip_secure.disk import lock_file, refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.files import write_atomically
 
@@ -53,7 +54,7 @@ class Epoch:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); fix its owner") from error
+            raise DataError(refused(error, path, otherwise="restore the silo's epoch file there")) from error
         except ValueError as error:
             raise DataError(
                 f"{path}: cannot be read as the silo's epoch file; restore it from a backup, or remove it "
@@ -61,32 +62,11 @@ class Epoch:
             ) from error
 
 
-def lock_epoch(path: Path) -> TextIO:
+def lock_epoch(path: Path) -> BinaryIO:
     """Keep other processes from working under this identity while the file that is returned is open.
 
     Raises:
         DataError: one does, maybe in another workdir; or the disk refuses.
     """
-    refusal = f"{path.parent}: another fedclip-silo works under this identity; wait for it, or stop it"
-    try:
-        return lock_file(path.with_name(f"{path.name}.lock"), refusal)
-    except OSError as error:
-        raise DataError(f"{path.parent}: cannot be written ({error.strerror}); fix its owner") from error
-
-
-def lock_file(path: Path, refusal: str) -> TextIO:
-    """Hold the lock of a file, made if it is missing, while what is returned is open.
-
-    Raises:
-        DataError: `refusal`, where another process holds it.
-        OSError: the disk refuses.
-    """
-    import fcntl  # noqa: PLC0415 - not on Windows, where reports are verified without any lock
-
-    file = path.open("w", encoding="ascii")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise DataError(refusal) from error
-    return file
+    held = f"'{path.parent}': another fedclip-silo works under this identity; wait for it, or stop it"
+    return lock_file(path.with_name(f"{path.name}.lock"), held)

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedclip_secure.errors import TrustError
+from fedclip_secure.disk import refused
+from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.certificates import read_certificate, silo_name, write_certificate
 from fedclip_secure.pki.epoch import Epoch
@@ -54,6 +55,7 @@ class Identity:
         Raises:
             TrustError: not enrolled; a file is missing, damaged or open to others; the certificate has expired,
                 is for another key or name, or was not issued by the authority beside it.
+            DataError: the disk refuses.
         """
         enrolment = read_enrolment(folder)
         if enrolment is None:
@@ -130,14 +132,16 @@ def read_enrolment(folder: Path) -> Enrolment | None:
     """What `enrolment.json` says; None where the folder has none.
 
     Raises:
-        TrustError: damaged.
+        TrustError: damaged. DataError: the disk refuses.
     """
     path = folder / ENROLMENT
     try:
         return Enrolment.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as error:
+    except OSError as error:
+        raise DataError(refused(error, path, otherwise="put back what `fedclip-silo enroll` wrote there")) from error
+    except ValidationError as error:
         raise TrustError(f"{path}: is damaged; move it away and run `fedclip-silo enroll` again") from error
 
 

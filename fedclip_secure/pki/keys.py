@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError, TrustError
-from fedclip_secure.files import write_atomically
+from fedclip_secure.files import make_folder, write_atomically
 
 PrivateKey = Ed25519PrivateKey | EllipticCurvePrivateKey
 PublicKey = Ed25519PublicKey | EllipticCurvePublicKey
@@ -97,10 +98,7 @@ def make_private_folder(folder: Path) -> None:
     Raises:
         DataError: the disk refuses.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+    make_folder(folder, "choose another folder", 0o700)
 
 
 def read_private_key(path: Path) -> PrivateKey:
@@ -108,13 +106,16 @@ def read_private_key(path: Path) -> PrivateKey:
 
     Raises:
         TrustError: missing, damaged, of another kind, or open to others on this machine.
+        DataError: the disk refuses.
     """
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             pem = file.read()
+    except FileNotFoundError as error:
+        raise TrustError(f"'{path}': the private key is missing; restore it") from error
     except OSError as error:
-        raise TrustError(f"{path}: the private key cannot be read ({error.strerror}); restore it") from error
+        raise DataError(refused(error, path, otherwise="restore the private key there")) from error
     if mode & 0o077:
         raise TrustError(
             f"{path}: others on this machine may use this private key (mode {mode:04o}); run `chmod 600 {path}`, "

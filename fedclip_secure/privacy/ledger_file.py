@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedclip_secure.disk import Meaning, is_damage, meaning_of, refused
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.files import sync_folder
 from fedclip_secure.pki.keys import make_private_folder
@@ -25,6 +26,7 @@ _TABLES = (
     "CREATE TABLE units (number INTEGER PRIMARY KEY, pseudonym BLOB NOT NULL)",
 )
 _PATIENCE = 10  # seconds; another process holds the database for the length of one write
+_ELSEWHERE = "name a folder for `ledger` in silo.yaml"
 RESTORE = "restore the newest backup of the whole folder: the coordinator's receipts tell whether it is new enough"
 
 
@@ -173,16 +175,16 @@ class LedgerFile:
     def _usable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, sqlite3.OperationalError) as error:
-            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
-                raise DataError(
-                    f"{self.path}: another process has held this ledger for {_PATIENCE} s; run again, or stop the one "
-                    "that hangs"
-                ) from error
-            raise DataError(
-                f"{self.path}: cannot be used as the privacy ledger ({error}); free space or fix its owner"
-            ) from error
+        except OSError as error:
+            raise DataError(refused(error, error.filename or self.path, "be used", _ELSEWHERE)) from error
         except sqlite3.Error as error:
+            if meaning_of(error, self.path) is Meaning.BUSY:
+                raise DataError(
+                    f"'{self.path}': another process has held this ledger for {_PATIENCE} s; run again, or stop the "
+                    "one that hangs"
+                ) from error
+            if not is_damage(error):
+                raise DataError(refused(error, self.path, "be used as the privacy ledger", _ELSEWHERE)) from error
             raise DataError(f"{self.path}: is damaged as the privacy ledger ({error}); {RESTORE}") from error
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedclip_secure.errors import DataError
-from fedclip_secure.files import write_atomically
+from fedclip_secure.files import make_folder, write_atomically
 from fedclip_secure.privacy.page import render_page
 
 
@@ -16,10 +15,7 @@ def write_report(folder: Path, data: bytes) -> tuple[Path, Path]:
         DataError: the disk refuses. TrustError: the report does not pass, and neither is written.
     """
     rendered = render_page(data)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error.strerror}); choose another with --out") from error
+    make_folder(folder, "choose another with --out")
     signed, page = folder / "report.json", folder / "report.html"
     write_atomically(signed, data)
     write_atomically(page, rendered.encode())

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedclip_secure.errors import TrustError
+from fedclip_secure.disk import refused
+from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.events import Event
@@ -48,11 +49,13 @@ def load_key(path: Path) -> bytes:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             key = file.read()
-    except OSError as error:
+    except FileNotFoundError as error:
         raise TrustError(
-            f"{path}: cannot be read ({error.strerror}), and without it the ledger knows none of its units again; "
-            "restore it from the newest backup, or fix its owner"
+            f"'{path}': is missing, and without it the ledger knows none of its units again; restore it from the "
+            "newest backup"
         ) from error
+    except OSError as error:
+        raise DataError(refused(error, path, otherwise="restore the ledger's key from the newest backup")) from error
     if mode & 0o077:
         raise TrustError(f"{path}: others on this machine may read this key (mode {mode:04o}); run `chmod 600 {path}`")
     if len(key) != KEY_BYTES:

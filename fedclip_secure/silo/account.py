@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedclip_secure.config.silo import EmbeddingsData, Policy, SiloConfig
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import AGGREGATOR, Normalisation
@@ -32,6 +33,7 @@ ENDED = (
     "this silo's run was ended, by `fedclip-silo budget --end` or as the federation came to its end, and nothing more "
     "is paid for in it; to train again this silo needs a new plan from the coordinator"
 )
+_WITH_LEDGER = "restore it, or the ledger that it stands beside"
 _UNLIMITED = "no policy.max_epsilon in silo.yaml: nothing limits the sum of runs"
 
 
@@ -169,7 +171,9 @@ def begun_with(config: SiloConfig, accepted: Accepted) -> Path | None:
         return Path(kept["ledger"]) if (kept["plan"], kept["roster"]) == _pins(accepted) else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(refused(error, path)) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: which ledger the run was begun with cannot be read; delete it, if `ledger` in silo.yaml is that"
         ) from error
@@ -308,8 +312,10 @@ def mend_clock(config: SiloConfig, identity: Identity) -> None:
 def _noted(path: Path) -> bytes:
     try:
         return bytes.fromhex(path.read_text("ascii").strip())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it, or the ledger that it stands beside") from error
+    except OSError as error:
+        raise DataError(refused(error, path, otherwise=_WITH_LEDGER)) from error
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read ({error}); {_WITH_LEDGER}") from error
 
 
 class Account:

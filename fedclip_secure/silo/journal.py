@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedclip_secure.disk import is_damage, lock_file, refused
 from fedclip_secure.errors import DataError, TrustError
-from fedclip_secure.pki.epoch import JOURNAL_BYTES, Epoch, lock_epoch, lock_file
+from fedclip_secure.pki.epoch import JOURNAL_BYTES, Epoch, lock_epoch
 from fedclip_secure.privacy.receipts import Receipt
 from fedclip_secure.secagg.keys import AttemptSecrets, SeedKeys
 from fedclip_secure.secagg.messages import ServerAd
@@ -83,6 +84,9 @@ class SavedAttempt:
     steps: Mapping[Stage, Step]
 
 
+_ELSEWHERE = "set another `workdir` in silo.yaml"
+
+
 class DamagedJournalError(DataError):
     """The journal cannot be read as one."""
 
@@ -105,8 +109,8 @@ class Journal:
             with self._readable():
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._vectors.make_folder()
-                refusal = f"{self._path}: another fedclip-silo uses this workdir; wait for it, or stop it"
-                self._workdir = lock_file(folder / "journal.lock", refusal)  # two could draw two vectors over a model
+                held = f"'{self._path}': another fedclip-silo uses this workdir; wait for it, or stop it"
+                self._workdir = lock_file(folder / "journal.lock", held)  # two could draw two vectors over a model
         except BaseException:
             self._identity.close()
             raise
@@ -374,11 +378,11 @@ class Journal:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, sqlite3.OperationalError) as error:
-            raise DataError(
-                f"{self._path}: cannot be used as the silo's journal ({error}); free space or fix its owner"
-            ) from error
+        except OSError as error:
+            raise DataError(refused(error, error.filename or self._path, "be used", _ELSEWHERE)) from error
         except sqlite3.Error as error:
+            if not is_damage(error):
+                raise DataError(refused(error, self._path, "be used as the silo's journal", _ELSEWHERE)) from error
             raise DamagedJournalError(
                 f"{self._path}: is damaged as the silo's journal ({error}); run `fedclip-silo recover`: without its "
                 "journal this silo could sign twice over a model"

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.disk import telling
 from fedclip_secure.errors import FedClipError, ModelError, ProtocolError, TransportError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.roster import Roster
@@ -158,7 +159,8 @@ class Link:
             async with self._arrived(path, length) as file:
                 if file.stat().st_size != length:
                     raise ProtocolError("length", f"{name} has {file.stat().st_size} bytes, the plan's vector {length}")
-                return np.asarray(np.memmap(file, dtype=WORD, mode="r"), dtype=np.uint32)
+                with telling(file):
+                    return np.asarray(np.memmap(file, dtype=WORD, mode="r"), dtype=np.uint32)
         except TransportError as error:
             if error.status == HTTPStatus.NOT_FOUND:  # t others were faster, and it was removed
                 raise LeftOutError(f"{name} is not there any more") from error
@@ -173,7 +175,8 @@ class Link:
                 pass
             yield file
         finally:
-            file.unlink(missing_ok=True)
+            with telling(file, "be removed"):
+                file.unlink(missing_ok=True)
 
 
 @asynccontextmanager

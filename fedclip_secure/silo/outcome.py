@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError, ProtocolError
 from fedclip_secure.export.facts import Facts, write_card
 from fedclip_secure.files import write_atomically
@@ -91,7 +92,9 @@ def read_models(folder: Path, contract: Contract) -> dict[int, bytes]:
         chain = json.loads(path.read_text("utf-8"))
         models = chain["models"] if chain["plan"] == contract.pin else []
         return {number: bytes.fromhex(digest) for number, digest in enumerate(models) if number}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise DataError(refused(error, path)) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read; `fedclip-silo train` writes it anew") from error
 
 
@@ -116,7 +119,7 @@ def load_adapter(path: Path, terms: Terms) -> AdapterState:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: is missing; `fedclip-silo train` writes it when the run ends") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(refused(error, path)) from error
 
 
 def adapter_folder(workdir: Path) -> Path:

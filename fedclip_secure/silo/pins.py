@@ -8,6 +8,7 @@ from pathlib import Path
 from fedclip_secure.config.lock import Contract, differences
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.config.yaml12 import replace_scalar
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError, FedClipError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.identity import Identity
@@ -38,7 +39,7 @@ def save_accepted(config_path: Path, config: SiloConfig, accepted: Accepted, tex
         workdir.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold features of private images
         mode = config_path.stat().st_mode & 0o777
     except OSError as error:
-        raise DataError(f"{workdir}: cannot be made ({error.strerror}); set another `workdir` in silo.yaml") from error
+        raise DataError(refused(error, workdir, "be made", "set another `workdir` in silo.yaml")) from error
     write_atomically(workdir / "contract.cbor", accepted.contract.encode())
     write_atomically(workdir / "roster.cbor", accepted.roster.encode())
     if text_features is not None:
@@ -114,4 +115,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {_ACCEPT}") from error
+        raise DataError(refused(error, path, otherwise=_ACCEPT)) from error

@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from fedclip_secure.disk import is_damage, refused
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.pki.epoch import Epoch
 
@@ -33,6 +34,8 @@ def read_receipts(workdir: Path, epoch: Path, roster: bytes) -> tuple[bytes, ...
             query = "SELECT wire FROM receipts WHERE roster = ? ORDER BY attempt"
             receipts = tuple(wire for (wire,) in sql.execute(query, (roster,)))
     except (sqlite3.Error, TypeError) as error:
+        if isinstance(error, sqlite3.Error) and not is_damage(error):
+            raise DataError(refused(error, path)) from error
         raise DataError(
             f"{path}: its receipts cannot be read ({error}); run `fedclip-silo recover`, which says how it stands"
         ) from error

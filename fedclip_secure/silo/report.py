@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fedclip_secure.config.silo import SiloConfig
-from fedclip_secure.errors import ConfigError
+from fedclip_secure.disk import refused
+from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.privacy.document import Audit, Estimate, Limit, sign_report
@@ -93,7 +94,7 @@ def load_audit(workdir: Path, accepted: Accepted) -> Audit | None:
     """The newest audit, if it is of the accepted plan.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is damaged. DataError: the disk refuses.
     """
     path = workdir / "audit.json"
     if not path.exists():
@@ -101,5 +102,7 @@ def load_audit(workdir: Path, accepted: Accepted) -> Audit | None:
     try:
         kept = json.loads(path.read_text("utf-8"))
         return Audit.model_validate(kept["audit"]) if kept["plan"] == accepted.contract.pin else None
-    except (OSError, ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(refused(error, path)) from error
+    except (ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as an audit; run `fedclip-silo audit` again") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.disk import check_disk
 from fedclip_secure.errors import TrustError
 from fedclip_secure.extras import check_installed
 from fedclip_secure.features.progress import ShowProgress
@@ -56,6 +57,7 @@ async def take_part(
     """
     check_installed("silo", "training")  # before the others see this silo come
     contract, workdir = accepted.contract, Path(config.workdir)
+    _check_disks(config, private=contract.plan.privacy is not None)
     terms = Terms.of(contract, accepted.roster)
     with ExitStack() as stack:
         journal = Journal(workdir, identity.epoch_path)  # first of all: it keeps a second process out of this workdir
@@ -92,6 +94,12 @@ async def take_part(
             if account is not None:
                 account.finish()
             return saved
+
+
+def _check_disks(config: SiloConfig, *, private: bool) -> None:
+    """What cannot be locked must show before anything is written into it."""
+    for key in ("identity", "workdir", "ledger") if private else ("identity", "workdir"):
+        check_disk(Path(getattr(config, key)), f"move it to a local disk, and set `{key}` in silo.yaml")
 
 
 # These import torch only when the aggregator has seen this silo: that takes seconds, and a round may begin.

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedclip_secure.errors import ConfigError, DataError, FedClipError
 from fedclip_secure.features.progress import ShowProgress
 from fedclip_secure.features.stage import FEATURES
+from fedclip_secure.files import make_folder
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.simulate.cells import Cell, cells_of, digest_of, label_of
 from fedclip_secure.simulate.experiment import Experiment, encoder_of, read_experiment
@@ -88,10 +89,7 @@ def _row(setting: Setting, cell: Cell, digest: str | None, answer: Answer) -> Ro
 
 
 def _claim(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from error
+    make_folder(out, "choose another with --out")
 
 
 def _extract(setting: Setting, progress: ShowProgress) -> bytes:

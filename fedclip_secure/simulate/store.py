@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedclip_secure import canonical
+from fedclip_secure.disk import refused
+from fedclip_secure.errors import DataError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.simulate.figures import Figures
 
@@ -41,7 +43,9 @@ def load(out: Path, digest: str) -> Figures | None:
             return Figures.model_validate_json(json.dumps(data["figures"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError):
+    except OSError as error:
+        raise DataError(refused(error, path)) from error
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
         pass
     _log.warning("%s: is damaged; its cell is run again", path)
     return None

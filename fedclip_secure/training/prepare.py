@@ -12,6 +12,7 @@ from fedclip_secure.config.lock import Contract, ExternalEncoder, FederationLock
 from fedclip_secure.config.plan import ExternalModel, FederationPlan, PrivacyPlan
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.data.embeddings import read_text_features
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.features.checkpoint import sha256_of
 from fedclip_secure.features.encoder import Encoder, resolve
@@ -121,4 +122,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check `initial` in federation.yaml") from error
+        raise ConfigError(refused(error, path, otherwise="check `initial` in federation.yaml")) from error

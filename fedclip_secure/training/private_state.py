@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import nn
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError, ModelError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.methods.base import MethodSpec
@@ -81,6 +82,7 @@ def _read(path: Path, run: str) -> _Step | None:
     if not path.exists():
         return None
     try:
+        path.open("rb").close()  # safe_open's own errors carry no errno
         with safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
             start, whose = bytes.fromhex(file.metadata()["start"]), file.metadata()["run"]
@@ -90,7 +92,9 @@ def _read(path: Path, run: str) -> _Step | None:
             )
             for kind in ("before.", "after.")
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, ModelError) as error:
+    except OSError as error:
+        raise DataError(refused(error, path)) from error
+    except (SafetensorError, ValueError, KeyError, TypeError, ModelError) as error:
         raise DataError(
             f"{path}: is damaged ({error}); restore it, or remove it: the private part of the method begins anew"
         ) from error

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 
 Chunks = Callable[[], AsyncIterator[bytes]]  # called once for each try, so that a body can be sent again
@@ -69,7 +70,7 @@ class Sink:
         try:
             self.file.write(chunk)
         except OSError as error:
-            raise DataError(f"{self.name}: cannot be written ({error.strerror}); free space and start again") from error
+            raise DataError(refused(error, self.name, "be written", "start again")) from error
 
 
 def in_one_piece(body: bytes) -> Outgoing:

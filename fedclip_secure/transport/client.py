@@ -9,6 +9,8 @@ import random
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +20,12 @@ import aiohttp
 from cryptography import x509
 from yarl import URL
 
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError, FedClipError, TransportError
 from fedclip_secure.pki.certificates import ENROL_AGAIN, check_dates
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.transport.bodies import Chunks, Heard, Outgoing, Sink, in_one_piece
-from fedclip_secure.transport.faults import Answer, Fault, Route, explain, is_foreign, refusal
+from fedclip_secure.transport.faults import Answer, Fault, Route, Shown, explain, is_dated, is_foreign, refusal
 from fedclip_secure.transport.proxy import proxy_for
 from fedclip_secure.transport.tls import client_context, peer_certificate
 
@@ -60,17 +63,21 @@ class _Request:
 
 
 class _Look(aiohttp.Fingerprint):
-    """aiohttp's hook between handshake and request: takes down who issued the certificate, then always refuses."""
+    """aiohttp's hook between handshake and request: takes down the certificate, and lets the request go or not."""
 
-    issuer: str | None = None
+    certificate: x509.Certificate | None = None
+
+    def __init__(self, *, asks: bool) -> None:
+        super().__init__(bytes(32))
+        self._asks = asks
 
     def check(self, transport: asyncio.Transport) -> None:
-        """Raise ServerFingerprintMismatch."""
+        """Raise ServerFingerprintMismatch, unless it `asks`."""
         shown = peer_certificate(transport)
         if shown is not None:
-            name = x509.load_der_x509_certificate(shown).issuer.rfc4514_string()
-            self.issuer = "".join(letter if letter.isprintable() else "?" for letter in name[:200])
-        raise aiohttp.ServerFingerprintMismatch(self.fingerprint, b"", "", 0)
+            self.certificate = x509.load_der_x509_certificate(shown)
+        if not self._asks:
+            raise aiohttp.ServerFingerprintMismatch(self.fingerprint, b"", "", 0)
 
 
 class _ProxyArguments(TypedDict, total=False):
@@ -160,7 +167,7 @@ class Client:
             if arrived := answer.status == HTTPStatus.OK:
                 temporary.replace(into)
         except OSError as error:
-            raise DataError(f"{into}: cannot be written ({error.strerror}); free space, or choose another") from error
+            raise DataError(refused(error, into, "be written", "choose another folder")) from error
         finally:
             with contextlib.suppress(OSError):  # renamed, or its folder may be what is missing
                 temporary.unlink()
@@ -207,8 +214,8 @@ class Client:
                     return await self._receive(response, request.limit, sink, heard)
         except (aiohttp.ClientError, OSError) as error:  # ssl.SSLError and TimeoutError are OSErrors
             _raise_own(error)
-            issuer = await self._issuer() if is_foreign(error) else None
-            return explain(error, self._route, issuer)
+            shown = await self._shown(error) if is_foreign(error) or is_dated(error) else None
+            return explain(error, self._route, shown)
 
     async def _receive(self, response: aiohttp.ClientResponse, limit: int, sink: Sink, heard: Heard) -> Answer | Fault:
         success = response.status < HTTPStatus.MULTIPLE_CHOICES
@@ -230,16 +237,21 @@ class Client:
         into.file.seek(0)
         return refusal(Answer(response.status, response.headers, into.file.read()), self._route)
 
-    async def _issuer(self) -> str | None:
-        """Who issued the certificate that was refused, from a second handshake after which nothing is sent."""
+    async def _shown(self, error: BaseException) -> Shown | None:
+        """The certificate that was refused, from a second handshake. To a stranger nothing is sent after it.
+
+        Where its dates are at fault the server's clock is asked for, by a request that says nothing.
+        """
         if self._session is None:
             return None
-        look = _Look(bytes(32))
+        look, clock = _Look(asks=is_dated(error)), None
         # A courtesy of the message: the refusal stands without it.
-        with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
-            async with self._session.get(self._url, ssl=look, allow_redirects=False, **self._through_proxy()):
-                pass
-        return look.issuer
+        with contextlib.suppress(aiohttp.ClientError, OSError, ValueError, TypeError):
+            async with self._session.get(
+                self._url, ssl=look, allow_redirects=False, **self._through_proxy()
+            ) as response:
+                clock = parsedate_to_datetime(response.headers["Date"]).astimezone(UTC)
+        return None if look.certificate is None else Shown(look.certificate, clock)
 
     def _through_proxy(self) -> _ProxyArguments:
         if self._proxy is None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 import aiohttp
+from cryptography import x509
 
 from fedclip_secure.errors import FedClipError, TransportError, TrustError
-from fedclip_secure.pki.certificates import ENROL_AGAIN
+from fedclip_secure.pki.certificates import ENROL_AGAIN, utc_time
 from fedclip_secure.transport.problems import parse_problem
+from fedclip_secure.transport.proxy import ENCODED
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +42,25 @@ class Route:
     proxy: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The server's certificate that was refused, and the server's clock; a second try told both, with nobody's word."""
+
+    certificate: x509.Certificate
+    clock: datetime | None  # UTC; None where no HTTP server answered
+
+    @property
+    def issuer(self) -> str:
+        """Fit for a terminal."""
+        name = self.certificate.issuer.rfc4514_string()[:200]
+        return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
 _TRANSIENT_STATUS = (429, 502, 503, 504)
 _LONGEST_RETRY_AFTER = 300.0  # seconds
 _HOST_MISMATCH, _ADDRESS_MISMATCH = 62, 64  # X509_V_ERR_HOSTNAME_MISMATCH, ..._IP_ADDRESS_MISMATCH
-_NOT_YET_VALID, _EXPIRED = 9, 10  # X509_V_ERR_CERT_NOT_YET_VALID, ..._CERT_HAS_EXPIRED
+_DATES = _NOT_YET_VALID, _EXPIRED = 9, 10  # X509_V_ERR_CERT_NOT_YET_VALID, ..._CERT_HAS_EXPIRED
+_SKEW = timedelta(minutes=5)  # two clocks that differ by less agree
 
 # TLS alerts about our certificate (RFC 8446 section 6.2), by OpenSSL's name for them.
 _ALERTS = {
@@ -56,12 +74,12 @@ _ALERTS = {
 }
 
 
-def explain(error: BaseException, route: Route, issuer: str | None = None) -> Fault:
-    """Turn what aiohttp, ssl or the OS raised into a fault; `issuer` is whose certificate was shown, where known."""
+def explain(error: BaseException, route: Route, shown: Shown | None = None) -> Fault:
+    """Turn what aiohttp, ssl or the OS raised into a fault; `shown` is the certificate that failed, where known."""
     at = f"{route.server}: "
     for cause in _ssl_errors(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return Fault(TrustError(at + _certificate(cause, issuer)), transient=False)
+            return Fault(TrustError(at + _certificate(cause, shown)), transient=False)
         if (found := _handshake(cause, at)) is not None:
             return Fault(found, transient=False)
     if isinstance(error, aiohttp.ClientHttpProxyError):
@@ -71,11 +89,12 @@ def explain(error: BaseException, route: Route, issuer: str | None = None) -> Fa
 
 def is_foreign(error: BaseException) -> bool:
     """Whether the server's certificate failed for its issuer, so that its name would help."""
-    dated_or_named = (_HOST_MISMATCH, _ADDRESS_MISMATCH, _NOT_YET_VALID, _EXPIRED)
-    return any(
-        isinstance(cause, ssl.SSLCertVerificationError) and cause.verify_code not in dated_or_named
-        for cause in _ssl_errors(error)
-    )
+    return any(code not in (_HOST_MISMATCH, _ADDRESS_MISMATCH, *_DATES) for code in _verify_codes(error))
+
+
+def is_dated(error: BaseException) -> bool:
+    """Whether it failed for its dates, so that these and the server's clock would help."""
+    return any(code in _DATES for code in _verify_codes(error))
 
 
 def refusal(answer: Answer, route: Route) -> Fault:
@@ -116,23 +135,42 @@ def _ssl_errors(error: BaseException) -> Iterator[ssl.SSLError]:
                 yield item
 
 
-def _certificate(error: ssl.SSLCertVerificationError, issuer: str | None) -> str:
+def _verify_codes(error: BaseException) -> list[int]:
+    return [cause.verify_code for cause in _ssl_errors(error) if isinstance(cause, ssl.SSLCertVerificationError)]
+
+
+def _certificate(error: ssl.SSLCertVerificationError, shown: Shown | None) -> str:
     if error.verify_code in (_HOST_MISMATCH, _ADDRESS_MISMATCH):
         return (
             "the server's certificate is for another host; use the host name that the coordinator gave, "
             "or ask for a certificate that covers this one"
         )
-    if error.verify_code == _EXPIRED:
-        return (
-            "the server's certificate has expired; ask the coordinator to renew it (or is this machine's clock wrong?)"
-        )
-    if error.verify_code == _NOT_YET_VALID:
-        return "the server's certificate is not valid yet; is this machine's clock behind?"
-    shown = f"; it was issued by {issuer}" if issuer else ""
+    if error.verify_code in _DATES:
+        return _out_of_date(error.verify_code == _EXPIRED, shown)
+    whose = f"; it was issued by {shown.issuer}" if shown else ""
     return (
-        f"the server's certificate is not from this federation's authority{shown}. A proxy or an antivirus that opens "
+        f"the server's certificate is not from this federation's authority{whose}. A proxy or an antivirus that opens "
         f"TLS may stand between: ask that this host be exempted from inspection. Nothing was sent"
     )
+
+
+def _out_of_date(expired: bool, shown: Shown | None) -> str:
+    """Either the certificate is at fault or a clock: the server's own clock tells which."""
+    now = datetime.now(UTC)
+    here, certificate = f"this machine's clock says {utc_time(now)}", shown.certificate if shown else None
+    if shown is None or certificate is None:
+        fact = "the server's certificate has expired" if expired else "the server's certificate is not valid yet"
+        return f"{fact}, and {here}; set the clock if it is wrong, else tell the coordinator"
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if shown.clock is not None and begins <= shown.clock <= ends and abs(now - shown.clock) > _SKEW:
+        there = f"the server's {utc_time(shown.clock)}, at which its certificate is valid"
+        return f"{here}, and {there}; set this machine's clock"
+    if not begins <= now <= ends:
+        fact = f"ended on {utc_time(ends)}" if expired else f"is valid only from {utc_time(begins)}"
+        agrees = " and the server's agrees" if shown.clock is not None and abs(now - shown.clock) <= _SKEW else ""
+        remedy = "start `fedclip-agg serve` again, which makes it anew" if expired else "look at the server's clock"
+        return f"the server's certificate {fact} ({here}{agrees}); ask the coordinator to {remedy}"
+    return f"the authority of this federation is outside its dates, and {here}; talk to the coordinator"
 
 
 def _handshake(error: ssl.SSLError, at: str) -> FedClipError | None:
@@ -153,7 +191,7 @@ def _refused_by_proxy(status: int, route: Route) -> Fault:
     if status == 407:
         error = TransportError(
             f"the proxy {route.proxy} wants a user name and password, or other ones; "
-            f"set HTTPS_PROXY=http://USER:PASSWORD@{route.proxy}",
+            f"set HTTPS_PROXY=http://USER:PASSWORD@{route.proxy}, {ENCODED}",
             status=status,
         )
         return Fault(error, transient=False)
@@ -167,13 +205,15 @@ def _refused_by_proxy(status: int, route: Route) -> Fault:
 
 def _unreachable(error: BaseException, route: Route) -> str:
     whom, why = route.server, "the connection broke"
-    if isinstance(error, aiohttp.ClientProxyConnectionError):
+    through = f" through the proxy {route.proxy}" if route.proxy else ""
+    resolved_here = isinstance(error, aiohttp.ClientConnectorDNSError)  # the server's name is the proxy's to find
+    if isinstance(error, aiohttp.ClientProxyConnectionError) or (route.proxy and resolved_here):
         whom = f"the proxy {route.proxy}"
     match error:
         case aiohttp.ClientConnectorDNSError():
             return f"{whom}: the name is not found; check its spelling, this machine's DNS and HTTPS_PROXY"
         case TimeoutError():
-            return f"{whom}: no answer in time; is the server up, and does a firewall let this machine out?"
+            return f"{whom}: no answer in time{through}; is the server up, and does a firewall let this machine out?"
         case aiohttp.ClientConnectorError() if isinstance(error.os_error, ConnectionRefusedError):
             return f"{whom}: refuses connections; is it running, and is the port right?"
         case aiohttp.ClientConnectorError() if isinstance(error.os_error, ConnectionResetError):

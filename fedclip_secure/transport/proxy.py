@@ -10,6 +10,8 @@ from yarl import URL
 
 from fedclip_secure.errors import ConfigError
 
+ENCODED = "in user and password % written as %25, @ as %40, : as %3A, / as %2F, # as %23 and ? as %3F"
+
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
@@ -37,13 +39,20 @@ def proxy_for(server: URL) -> Proxy | None:
         return None
     try:
         url = URL(value if "://" in value else f"http://{value}")  # curl takes `host:port` too
-        usable = url.scheme == "http" and bool(url.host) and url.port is not None
+        usable = url.scheme == "http" and bool(url.host) and url.port is not None and not _cut_short(url)
     except ValueError:
         usable = False
     if not usable:
         # The value is not repeated: it may hold a password.
-        raise ConfigError("HTTPS_PROXY must be http://HOST:PORT or http://USER:PASSWORD@HOST:PORT; correct or unset it")
+        raise ConfigError(
+            f"HTTPS_PROXY must be http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, {ENCODED}; correct or unset it"
+        )
     return Proxy(url.with_user(None).with_path("/"), _authorization(url))
+
+
+def _cut_short(url: URL) -> bool:
+    """Whether a password with / ? or # in it made what follows a path: the host would be the user's name."""
+    return "@" in f"{url.raw_path}{url.raw_query_string}{url.raw_fragment}"
 
 
 def _authorization(url: URL) -> dict[str, str]:

@@ -6,7 +6,8 @@ import asyncio
 import ssl
 from pathlib import Path
 
-from fedclip_secure.errors import TrustError
+from fedclip_secure.disk import refused
+from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.pki.identity import AUTHORITY, CERTIFICATE, KEY, Identity
 
 
@@ -17,14 +18,16 @@ def server_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLCont
 
     Raises:
         TrustError: a file is missing or damaged, or key and certificate do not belong together.
+        DataError: the disk refuses.
     """
+    _readable(certificate, key, authority)
     context = _tls13(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0  # no resumption: who connects again proves again that it has the key
     try:
         context.load_verify_locations(cafile=authority)
         context.load_cert_chain(certificate, key)
-    except OSError as error:  # ssl.SSLError is one
+    except ssl.SSLError as error:
         raise TrustError(
             f"{certificate}, {key}, {authority}: cannot be used as the server's certificate, key and authority "
             f"({error.strerror or error}); restore them together"
@@ -32,17 +35,33 @@ def server_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLCont
     return context
 
 
+def _readable(*files: Path) -> None:
+    """OpenSSL does not say which file it could not open, nor always why.
+
+    Raises:
+        TrustError: one is missing. DataError: the disk refuses one.
+    """
+    for file in files:
+        try:
+            file.open("rb").close()
+        except FileNotFoundError as error:
+            raise TrustError(f"'{file}': is missing; restore it") from error
+        except OSError as error:
+            raise DataError(refused(error, file, otherwise="restore the file there")) from error
+
+
 def client_context(identity: Identity) -> ssl.SSLContext:
     """A silo's side: shows the silo's certificate, believes only the pinned authority, checks the host's name.
 
     Raises:
-        TrustError: the files changed since `identity` was loaded.
+        TrustError: the files changed since `identity` was loaded. DataError: the disk refuses.
     """
+    _readable(*(identity.folder / name for name in (AUTHORITY, CERTIFICATE, KEY)))
     context = _client()
     try:
         context.load_verify_locations(cafile=identity.folder / AUTHORITY)
         context.load_cert_chain(identity.folder / CERTIFICATE, identity.folder / KEY)
-    except OSError as error:
+    except ssl.SSLError as error:
         raise TrustError(f"{identity.folder}: cannot be used ({error.strerror or error}); restore its files") from error
     return context
 

@@ -120,7 +120,7 @@ def test_a_transaction_that_fails_leaves_nothing_behind_and_the_next_one_works(t
 def test_a_database_that_cannot_be_written_is_an_error_for_a_person(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store._sql.execute("PRAGMA query_only=ON")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be used as the aggregator's state"):
         store.close_phase(1)
     store._sql.execute("PRAGMA query_only=OFF")
     store.close_phase(1)

@@ -194,14 +194,14 @@ def test_damaged_database_is_refused_and_left_as_it_is(home: Path, command: str)
     for extra in ("-wal", "-shm"):
         database.with_name(f"aggregator.sqlite{extra}").unlink(missing_ok=True)
     database.write_bytes(b"garbage" * 1000)
-    refused("state: cannot be used as the aggregator's state", *command.split(), "--dir", str(home))
+    refused(r"aggregator\.sqlite': is damaged as the aggregator's state", *command.split(), "--dir", str(home))
     assert database.read_bytes() == b"garbage" * 1000
 
 
 def test_state_folder_that_is_a_file_is_refused(home: Path) -> None:
     shutil.rmtree(home / "state", ignore_errors=True)
     (home / "state").write_text("x")
-    refused("state: cannot be used as the aggregator's state", "status", "--dir", str(home))
+    refused("state': cannot be used as the aggregator's state", "status", "--dir", str(home))
 
 
 def test_message_cannot_steer_the_terminal(home: Path) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +167,67 @@ def test_enroll_says_what_is_left_to_set(site: Site) -> None:
     assert site.enroll("silo-a").endswith(f"next: {accept}"), "silo.yaml was there"
 
 
+def test_options_of_an_enrolment_that_failed_count_at_the_next_try(site: Site) -> None:
+    token = ("--token", f"fedclip-{site.token('silo-a')}")
+    wrong = site.url.replace("localhost", "127.0.0.1")
+    site.refused("certificate is for another host", "enroll", wrong, *token, "--images", "one", "--weights", "w.pt")
+    assert not site.config("silo-a").exists()
+    site.silo("enroll", "silo-a", site.url, *token, "--images", "two", "--weights", "v.pt")
+    config = read_silo(site.config("silo-a"))
+    assert (config.data.path, config.weights) == tuple(str(site.folder / "silo-a" / name) for name in ("two", "v.pt"))
+
+
+@pytest.mark.parametrize(("key", "option"), [("data.path", "--images"), ("weights", "--weights")])
+def test_option_that_silo_yaml_contradicts_is_never_ignored(site: Site, key: str, option: str) -> None:
+    site.enroll("silo-a", option, "mine")
+    before = site.config("silo-a").read_bytes()
+    site.enroll("silo-a", option, "mine")
+    token = ("--token", f"fedclip-{site.token('silo-a')}")
+    said = rf"silo.yaml': is there already, and `{key}` in it is '.*mine', not 'other'; .*leave out {option}"
+    site.refused(said, "enroll", site.url, *token, option, "other")
+    assert site.config("silo-a").read_bytes() == before
+
+
+def test_key_on_a_disk_without_permissions_is_refused_before_the_token_is_spent(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = ("--token", f"fedclip-{site.token('silo-a')}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", _without_modes)
+        said = "identity': lies on a disk that keeps no permissions .*others on this machine could use the private key"
+        output = site.refused(said, "enroll", site.url, *token)
+    assert "run this in a folder on a local disk" in output
+    assert "chmod" not in output
+    assert not any(path.is_file() for path in site.config("silo-a").parent.rglob("*"))
+    site.silo("enroll", "silo-a", site.url, *token)
+
+
+def _without_modes(path: str | Path | int, real: Callable[..., os.stat_result] = os.stat, **options: Any) -> Any:
+    """As FAT and NTFS are often mounted: every file has mode 0755, whatever `chmod` said."""
+    status = real(path, **options)
+    return os.stat_result((stat.S_IFMT(status.st_mode) | 0o755, *status[1:]))
+
+
+def test_disk_that_cannot_lock_is_named_before_anything_is_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = ("--token", f"fedclip-{site.token('silo-b')}")
+    site.frozen().silo("accept", "silo-a", "--yes")
+    before = {path: path.stat().st_mtime_ns for path in site.folder.rglob("*") if path.is_file()}
+    for lock in ("flock", "lockf"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, lock, _no_locks)
+            said = r"{}': lies on a disk that cannot lock files \(No locks available\), as some network disks; .*{}"
+            site.refused(
+                said.format("identity", "run this in a folder on a local disk"), "enroll", site.url, *token, name="b"
+            )
+            site.refused(said.format("identity", "set `identity` in silo.yaml"), "train")
+            refused(said.format("state", "to a local disk"), "serve", "--dir", site.home)
+    assert {path: path.stat().st_mtime_ns for path in site.folder.rglob("*") if path.is_file()} == before
+
+
+def _no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
 def test_commands_out_of_order_say_what_to_run_first(site: Site) -> None:
     for command in ("accept", "extract", "train", "evaluate"):
         site.refused("silo.yaml: is missing; `fedclip-silo enroll`", command)
@@ -290,7 +355,7 @@ def test_key_that_others_may_read_is_refused_with_the_command_that_mends_it(site
 
 def test_workdir_that_cannot_be_made_is_named(site: Site) -> None:
     site.frozen().edit("workdir: work", "workdir: silo.yaml/x")
-    site.refused("silo.yaml/x: cannot be made", "accept", "--yes")
+    site.refused("silo.yaml/x': cannot be made", "accept", "--yes")
 
 
 def test_another_key_after_the_freeze_is_refused_before_anything_is_pinned(site: Site) -> None:
@@ -338,7 +403,9 @@ def test_proxy_that_cannot_be_used_is_named(site: Site, monkeypatch: pytest.Monk
 
 def test_path_that_the_system_refuses_ends_in_one_message(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 300)
-    refused("xxx: File name too long; check", "accept", "--config", str(path), program=silo.main)
+    refused(
+        "xxx': cannot be used .File name too long.; check the path", "accept", "--config", str(path), program=silo.main
+    )
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -106,7 +106,7 @@ def test_bad_yaml_is_refused_with_file_and_place(tmp_path: Path, text: str | byt
 
 def test_missing_file_and_folder_are_refused_by_name(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(ConfigError, match=f"{path.name}: cannot be read"):
+        with pytest.raises(ConfigError, match=f"{path.name}': cannot be read"):
             read_yaml(path)
 
 

@@ -118,7 +118,7 @@ def test_file_that_is_no_utf8_csv_is_told(tmp_path: Path) -> None:
         read(tmp_path, b"path,label\n\xe4\xff.png,cat\n".replace(b"\xe4", b"a"))
     with pytest.raises(DataError, match="line 2 is not CSV"):
         read(tmp_path, 'path,label\n"a"x.png,cat\n')
-    with pytest.raises(DataError, match=r"gone\.csv: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"gone\.csv': cannot be read \(No such file"):
         read_manifest(tmp_path / "gone.csv", tmp_path, CLASSES)
 
 

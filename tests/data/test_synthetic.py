@@ -95,5 +95,5 @@ def test_every_class_has_a_phrase_and_a_drawing() -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match=r"file/birch: the drawn images cannot be written .*free space"):
+    with pytest.raises(DataError, match=r"file/birch': cannot be written"):
         write_lab(tmp_path / "file" / "birch", "birch", SEED)

@@ -151,5 +151,5 @@ def test_config_is_registered_under_its_own_hash(config: dict[str, Any]) -> None
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"gone\.pt: cannot be read \(No such file"):
+    with pytest.raises(ModelError, match=r"gone\.pt': cannot be read \(No such file"):
         sha256_of(tmp_path / "gone.pt")

@@ -112,7 +112,7 @@ def test_silo_without_the_coordinators_file_is_told_to_copy_it(resolved: Encoder
 
 
 def test_missing_weights_of_the_silo_are_named(resolved: Encoder, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"gone\.safetensors: cannot be read"):
+    with pytest.raises(ModelError, match=r"gone\.safetensors': cannot be read"):
         reload(resolved.lock, tmp_path / "gone.safetensors")
 
 
@@ -167,7 +167,7 @@ def test_preprocessing_at_fault_is_named(home: Path) -> None:
 
 
 def test_missing_config_is_named(home: Path) -> None:
-    with pytest.raises(ModelError, match=r"gone\.json: cannot be read"):
+    with pytest.raises(ModelError, match=r"gone\.json': cannot be read"):
         resolve(MODEL.model_copy(update={"config": "gone.json"}), home)
 
 

@@ -94,10 +94,10 @@ def test_damaged_index_is_made_again(
 
 def test_index_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file: cannot be made"):
+    with pytest.raises(DataError, match=r"file': cannot be made"):
         FileIndex(tmp_path / "file" / "files.sqlite")
     (tmp_path / "store/files.sqlite").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"files\.sqlite: cannot be used"):
+    with pytest.raises(DataError, match=r"files\.sqlite': cannot be used"):
         FileIndex(tmp_path / "store/files.sqlite")
 
 

@@ -74,7 +74,7 @@ def test_key_is_kept_when_enrolment_is_tried_again(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: cannot be made"):
+    with pytest.raises(DataError, match="file': cannot be made"):
         create_key(tmp_path / "file")
 
 
@@ -164,7 +164,7 @@ def test_damaged_enrolment_is_named(tmp_path: Path, authority: Authority, conten
 def test_missing_certificate_is_named(tmp_path: Path, authority: Authority) -> None:
     enrol(tmp_path, authority)
     (tmp_path / CERTIFICATE).unlink()
-    with pytest.raises(TrustError, match=r"certificate\.pem: the certificate cannot be read"):
+    with pytest.raises(TrustError, match=r"certificate\.pem': the certificate is missing; restore"):
         Identity.load(tmp_path)
 
 

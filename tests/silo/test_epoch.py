@@ -160,7 +160,7 @@ def test_disk_that_refuses_the_file_stops_the_step_and_is_healed_later(desk: Des
     before = desk.epoch.read_bytes()
     desk.epoch.unlink()
     desk.epoch.mkdir()
-    with pytest.raises(DataError, match="epoch: cannot be written"):
+    with pytest.raises(DataError, match="epoch': cannot be written"):
         desk.go(journal, Stage.SHARED)
     journal.close()
     desk.epoch.rmdir()

@@ -180,5 +180,5 @@ def test_damaged_adapter_and_folder_in_its_place_are_named(archive: Archive, tmp
     (tmp_path / "folder").mkdir()
     with pytest.raises(ModelError, match="x: is not a safetensors file"):
         load_adapter(tmp_path / "x", archive.terms)
-    with pytest.raises(DataError, match="folder: cannot be read"):
+    with pytest.raises(DataError, match="folder': cannot be read"):
         load_adapter(tmp_path / "folder", archive.terms)

@@ -169,7 +169,7 @@ def test_missing_document_is_named_with_the_remedy(tmp_path: Path) -> None:
     path, config = _silo(tmp_path)
     save_accepted(path, config, _offer(), None)
     Path(config.workdir, "roster.cbor").unlink()
-    with pytest.raises(DataError, match=r"roster\.cbor: cannot be read .*run `fedclip-silo accept`"):
+    with pytest.raises(DataError, match=r"roster\.cbor': cannot be read .*run `fedclip-silo accept`"):
         load_accepted(read_silo(path))
 
 
@@ -177,7 +177,7 @@ def test_workdir_that_cannot_be_made_is_named_and_nothing_is_pinned(tmp_path: Pa
     (tmp_path / "file").write_text("")
     path, config = _silo(tmp_path, "workdir: file/work\n")
     before = path.read_text()
-    with pytest.raises(DataError, match=r"file/work: cannot be made .*`workdir` in silo.yaml"):
+    with pytest.raises(DataError, match=r"file/work': cannot be made .*`workdir` in silo.yaml"):
         save_accepted(path, config, _offer(), None)
     assert path.read_text() == before
 

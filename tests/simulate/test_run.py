@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 from fedclip_cli.agg import main
 
-from fedclip_secure.errors import ConfigError
+from fedclip_secure.errors import DataError
 from fedclip_secure.methods.fedclip import FedClip
 from fedclip_secure.simulate.cells import cells_of, label_of
 from fedclip_secure.simulate.experiment import read_experiment
@@ -242,7 +242,7 @@ def test_the_command_line_ends_with_one_object_and_fails_where_no_cell_ran(tmp_p
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     write_sites(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(DataError, match="cannot be made"):
         run(write_experiment(tmp_path), tmp_path / "file" / "out")
 
 

@@ -111,7 +111,7 @@ def test_a_personal_adapter_is_no_start_for_all(tower_plan: FederationPlan, home
 
 def test_earlier_adapter_at_fault_is_named(tower_plan: FederationPlan, home: Path) -> None:
     plan = tower_plan.model_copy(update={"initial": "earlier.safetensors"})
-    with pytest.raises(ConfigError, match=r"earlier\.safetensors: cannot be read.*`initial`"):
+    with pytest.raises(ConfigError, match=r"earlier\.safetensors': cannot be read.*`initial`"):
         prepare(plan, home)
     (home / "earlier.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelError, match=r"earlier\.safetensors: is not a safetensors file"):

@@ -71,8 +71,15 @@ class Federation:
         identity.save()
         return identity
 
-    def expired(self, name: str, key: PublicKey, usage: x509.ObjectIdentifier) -> x509.Certificate:
-        """As the authority would have issued it, two hours ago for one hour."""
+    def expired(
+        self,
+        name: str,
+        key: PublicKey,
+        usage: x509.ObjectIdentifier,
+        begins: timedelta = timedelta(hours=-2),
+        ends: timedelta = timedelta(hours=-1),
+    ) -> x509.Certificate:
+        """As the authority would have issued it for another time, from now: two hours ago for one hour."""
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.authority.key.public_key())
         now = datetime.now(UTC)
         return (
@@ -81,8 +88,8 @@ class Federation:
             .issuer_name(self.authority.certificate.subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=2))
-            .not_valid_after(now - timedelta(hours=1))
+            .not_valid_before(now + begins)
+            .not_valid_after(now + ends)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
@@ -90,9 +97,9 @@ class Federation:
             .sign(self.authority.key, hashes.SHA256())
         )
 
-    def expire_server(self) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        self.write_server(key, self.expired("aggregator", key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH))
+    def expire_server(self, begins: timedelta = timedelta(hours=-2), ends: timedelta = timedelta(hours=-1)) -> None:
+        key, usage = ec.generate_private_key(ec.SECP256R1()), ExtendedKeyUsageOID.SERVER_AUTH
+        self.write_server(key, self.expired("aggregator", key.public_key(), usage, begins, ends))
 
     def expire_silo(self, identity: Identity) -> None:
         certificate = self.expired(identity.name, identity.key.public, ExtendedKeyUsageOID.CLIENT_AUTH)

@@ -5,6 +5,8 @@ import base64
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,8 +119,51 @@ def test_expired_server_certificate_is_refused(tmp_path: Path) -> None:
     federation = Federation.create(tmp_path)
     context = client_context(federation.enrol("st-marys"))
     federation.expire_server()
-    with pytest.raises(TrustError, match=r"server's certificate has expired; ask the coordinator"):
+    said = (
+        r"the server's certificate ended on \d{4}-\S+ \S+ UTC "
+        r"\(this machine's clock says .* UTC and the server's agrees\); "
+        "ask the coordinator to start `fedclip-agg serve` again, which makes it anew$"
+    )
+    with pytest.raises(TrustError, match=said):
         run(who, federation.server_context(), context, get, host="localhost")
+
+
+def at_the_clock(difference: timedelta) -> Handler:
+    """A server whose clock is ahead of this one by so much."""
+
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(headers={"Date": format_datetime(datetime.now(UTC) + difference, usegmt=True)})
+
+    return handle
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "ahead", "said"),
+    [
+        (
+            -2,
+            -1,
+            -1.5,
+            "this machine's clock says .* UTC, and the server's .* UTC, at which its certificate is valid; set",
+        ),
+        (
+            1,
+            2,
+            1.5,
+            "this machine's clock says .* UTC, and the server's .* UTC, at which its certificate is valid; set",
+        ),
+        (1, 2, 0, "certificate is valid only from .* and the server's agrees.*look at the server's clock"),
+        (-2, -1, -5, r"certificate ended on .* \(this machine's clock says [^(]* UTC\); ask the coordinator to start"),
+    ],
+)
+def test_a_wrong_clock_is_told_from_a_certificate_that_is_over(
+    tmp_path: Path, begins: float, ends: float, ahead: float, said: str
+) -> None:
+    federation = Federation.create(tmp_path)
+    context = client_context(federation.enrol("st-marys"))
+    federation.expire_server(timedelta(hours=begins), timedelta(hours=ends))
+    with pytest.raises(TrustError, match=said):
+        run(at_the_clock(timedelta(hours=ahead)), federation.server_context(), context, get, host="localhost")
 
 
 def test_silo_cannot_pose_as_the_server(federation: Federation, identity: Identity) -> None:
@@ -435,7 +480,7 @@ def test_failed_download_leaves_the_file_as_it_was(federation: Federation, ident
     with pytest.raises(TransportError, match="more than 4999 bytes"):
         run(zeros, *contexts, lambda client: fetched(client, tmp_path / "model", 4999))
     waits = Waits()
-    with file_limit(4096), pytest.raises(DataError, match=r"model: cannot be written \(File too large\); free space"):
+    with file_limit(4096), pytest.raises(DataError, match=r"model': cannot be written \(File too large\); free space"):
         run(zeros, *contexts, lambda client: fetched(client, tmp_path / "model"), waits=waits)
     assert waits.told == []
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -444,7 +489,7 @@ def test_failed_download_leaves_the_file_as_it_was(federation: Federation, ident
 
 def test_download_without_a_folder_names_the_file(federation: Federation, identity: Identity, tmp_path: Path) -> None:
     contexts = federation.server_context(), client_context(identity)
-    with pytest.raises(DataError, match="absent/model: cannot be written"):
+    with pytest.raises(DataError, match="absent/model': cannot be written"):
         run(zeros, *contexts, lambda client: fetched(client, tmp_path / "absent" / "model"))
 
 
@@ -491,6 +536,7 @@ def test_proxy_that_wants_a_password_is_named(
     with pytest.raises(TransportError, match="wants a user name and password") as caught:
         run_through(proxy, "anna:hunter2@", federation.server_context(), context, monkeypatch)
     assert "hunter2" not in str(caught.value)
+    assert "@ as %40, : as %3A, / as %2F" in str(caught.value)
     assert len(proxy.asked) == 1
 
 
@@ -508,6 +554,38 @@ def test_proxy_that_is_down_is_named(
     monkeypatch.setenv("https_proxy", "127.0.0.1:1")
     with pytest.raises(TransportError, match=r"the proxy 127\.0\.0\.1:1: refuses connections"):
         run(who, federation.server_context(), client_context(identity), get)
+
+
+def test_proxy_whose_name_is_not_found_is_named_and_not_the_coordinator(
+    identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")  # RFC 6761: no DNS knows it
+
+    async def scenario() -> None:
+        async with Client("https://agg.example.org", client_context(identity), Waits(), QUICK) as client:
+            await client.get("/v1/who")
+
+    with pytest.raises(TransportError, match=r"^the proxy proxy\.invalid:3128: the name is not found; .*HTTPS_PROXY$"):
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("password", ["p/1", "1/2", "1#x", "p?x", "1?/#"])
+def test_password_that_is_not_percent_encoded_is_told_how(
+    identity: Identity, monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
+    """Read as a URL, `user:1/2@proxy` is host `user`, port 1, which must not be asked for anything."""
+    monkeypatch.setenv("HTTPS_PROXY", f"http://hunter2:{password}@proxy.example.org:3128")
+    with pytest.raises(ConfigError, match="in user and password % written as %25, @ as %40, : as %3A, / as") as caught:
+        Client("https://agg.example.org", client_context(identity), Waits())
+    assert "hunter2" not in str(caught.value)
+
+
+def test_password_with_an_at_or_a_colon_is_taken_whole(
+    federation: Federation, identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = ConnectProxy(authorization=f"Basic {base64.b64encode(b'anna:a@b:c').decode()}")
+    shown = run_through(proxy, "anna:a@b:c@", federation.server_context(), client_context(identity), monkeypatch)
+    assert federation.authority.client_name(shown) == "st-marys"
 
 
 def test_host_in_no_proxy_is_reached_directly(

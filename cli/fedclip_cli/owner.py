@@ -1,0 +1,41 @@
+"""Who may run what writes: not root, in a folder of another user, who could not use what root leaves there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import click
+
+from fedclip_secure.config.silo import SiloConfig, read_silo
+from fedclip_secure.disk import owner_of, user_name
+from fedclip_secure.errors import ConfigError
+
+
+def check_owner(*folders: Path) -> None:
+    """Refuse root in those of `folders` that are there and belong to somebody else.
+
+    Raises:
+        ConfigError: names the folder, its user, and the command as that user.
+    """
+    for folder in folders if os.geteuid() == 0 else ():
+        owner = owner_of(folder) if folder.exists() else 0
+        if owner:
+            user, command = user_name(owner), click.get_current_context().command_path
+            raise ConfigError(
+                f"'{folder}': belongs to user '{user}', who could not use what root writes there; run it as that user: "
+                f"sudo -u {shlex.quote(user)} {command}"
+            )
+
+
+def settings(path: Path) -> SiloConfig:
+    """Read `silo.yaml`, for a command that may write into any of its folders.
+
+    Raises:
+        ConfigError: as `read_silo` and `check_owner`.
+    """
+    check_owner(path.absolute().parent)
+    config = read_silo(path)
+    check_owner(Path(config.identity), Path(config.workdir), Path(config.ledger))
+    return config
