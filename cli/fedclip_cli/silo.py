@@ -16,15 +16,17 @@ from fedclip_cli.adapters import ADAPTER, load
 from fedclip_cli.console import (
     FILE,
     Group,
+    agreed,
     err,
     image_progress,
     out,
     print_table,
     printable,
+    program_options,
     run,
     say,
-    version_option,
     waiting,
+    warn,
 )
 from fedclip_cli.evaluation import Measured, evaluation_json, print_evaluation
 from fedclip_secure.config.lock import ExternalEncoder
@@ -45,7 +47,7 @@ from fedclip_secure.silo.adapters import GLOBAL, choose
 from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.outcome import adapter_folder, read_models
 from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted
-from fedclip_secure.silo.policy import check_policy
+from fedclip_secure.silo.policy import check_plan, check_policy
 from fedclip_secure.silo.recovery import giving_up, look
 from fedclip_secure.silo.recovery import recover as go_on
 from fedclip_secure.transport.client import Client, Patience
@@ -58,7 +60,7 @@ _CONFIG = click.option(
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@version_option
+@program_options
 def main() -> None:
     """Take part in a federation: images stay here, masked updates leave.
 
@@ -108,9 +110,10 @@ def accept(path: Path, yes: bool) -> None:
         lines, ended = about_ledger(config, identity, offer)
         for line in [*lines, *_place(config, path)]:
             out.print(line, markup=False)
+    check_plan(offer.contract, offer.roster)
     check_policy(config.policy, offer.contract, terms, identity.name)
     check_own_key(offer.roster, identity)
-    if not yes and not click.confirm(_QUESTION):
+    if not agreed(_QUESTION, yes=yes, to="compared the fingerprints with the coordinator's"):
         raise TrustError(f"not accepted: {path} is as it was; settle the difference with the coordinator")
     save_accepted(path, config, offer, text_features)
     out.print(f"pinned in {path}. {_after_accept(config, offer, ended=ended)}", markup=False)
@@ -155,9 +158,10 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
     identity = Identity.load(Path(config.identity))
     if abandon_round and not yes:
         question = giving_up(Path(config.workdir), identity.epoch_path, abandon_round)
-        if not click.confirm(question):
+        if not agreed(question, yes=False):
             raise TrustError(f"round {abandon_round} is not given up; `fedclip-silo train` goes on with it as it was")
     mine = load_accepted(config)
+    check_plan(mine.contract, mine.roster)
     check_policy(config.policy, mine.contract, Terms.of(mine.contract, mine.roster), identity.name)
     check_own_key(mine.roster, identity)
     if mine.contract.plan.privacy is not None:
@@ -174,9 +178,19 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
             abandon=abandon_round,
             changed_data=changed_data,
         )
-        saved = run(taking_part)
-    for adapter in saved:
+        finished = run(taking_part)
+    if finished.still is not None:
+        out.print(f"the run ended before round {mine.contract.plan.training.rounds}: {finished.still}", markup=False)
+    for adapter in finished.adapters:
         out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
+    told = f"{identity.name} {finished.attendance.told()}"
+    if finished.attendance.poor:
+        warn(
+            f"{told}. The adapters owe little or nothing to its records: the reason stands in what `train` printed, "
+            "and in the coordinator's `fedclip-agg status`"
+        )
+    else:
+        out.print(told, markup=False)
     out.print("next: `fedclip-silo evaluate`, and `fedclip-silo report`")
 
 
@@ -193,7 +207,7 @@ def recover(path: Path, yes: bool) -> None:
     if standing.matches:
         out.print("next: `fedclip-silo train`")
         return
-    if not yes and not click.confirm("Go on, and sit out every model over which this silo may have sent an update?"):
+    if not agreed("Go on, and sit out every model over which this silo may have sent an update?", yes=yes):
         raise TrustError("nothing was changed; restore the newest journal, or ask the coordinator")
     count = go_on(workdir, identity.epoch_path)
     out.print(f"this silo will not sign over {count} model(s) again. next: `fedclip-silo train`", markup=False)
@@ -333,7 +347,7 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
     }.items():
         table.add_row(key, Text(value))
     print_table(table)
-    fingerprints = Table("party", "fingerprint of its key", box=None)
+    fingerprints = Table("party", "key's fingerprint", box=None)
     for name, _ in offer.roster.members:
         fingerprints.add_row(f"{name} (you)" if name == identity.name else name, offer.roster.fingerprint(name))
     print_table(fingerprints)

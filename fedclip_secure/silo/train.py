@@ -22,6 +22,7 @@ from fedclip_secure.silo.link import Link, present
 from fedclip_secure.silo.outcome import SavedAdapter, fetch_course, save_adapters
 from fedclip_secure.silo.party import Party
 from fedclip_secure.silo.pins import Accepted, check_same, text_features_path
+from fedclip_secure.silo.policy import check_records
 from fedclip_secure.silo.runner import Runner, Trainer
 from fedclip_secure.transport.client import Client, Waiting
 
@@ -88,6 +89,8 @@ async def take_part(
                     trainer = _trainer(config, contract, inputs)
                 else:
                     trainer = _private_trainer(config, contract, inputs, account, changed_data=changed_data)
+            if account is None:
+                check_records(contract, trainer.records)
             party = Party(identity, terms)
             weight = party.weight(trainer.records)
             masked = contract.plan.secure_aggregation.weights == "masked"
