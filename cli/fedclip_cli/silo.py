@@ -180,7 +180,7 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
         )
         finished = run(taking_part)
     if finished.still is not None:
-        out.print(f"the run ended before round {mine.contract.plan.training.rounds}: {finished.still}", markup=False)
+        out.print(f"finished: {finished.still}", markup=False)
     for adapter in finished.adapters:
         out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
     told = f"{identity.name} {finished.attendance.told()}"

@@ -194,7 +194,7 @@ class Runner:
         validation = f"; the model before it had {outcome.correct} of {outcome.total} right" if outcome.total else ""
         self._tell(f"{self._name(opening)}: averaged {', '.join(outcome.survivors)}{validation}")
         if self._terms.moved_nothing(opening.ad.round, opening.ad.model, outcome.model.digest):
-            self._tell(self._terms.still(opening.ad.round))
+            self._tell(f"{self._name(opening)} changed no parameter, and is the last one: nothing is left to learn")
 
     def _drawn(self, ad: ServerAd) -> Drawn | None:
         return self._journal.drawn(ad.model, trains=self._terms.trains(ad.round))
