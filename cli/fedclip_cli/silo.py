@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 from click.core import ParameterSource
@@ -52,6 +52,9 @@ from fedclip_secure.silo.recovery import giving_up, look
 from fedclip_secure.silo.recovery import recover as go_on
 from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.enrolment import enroll as get_certificate
+
+if TYPE_CHECKING:
+    from fedclip_secure.silo.train import Finished
 
 _QUESTION = "Do the fingerprints match what you were told, and do you take part on these terms?"
 _CONFIG = click.option(
@@ -179,18 +182,7 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
             changed_data=changed_data,
         )
         finished = run(taking_part)
-    if finished.still is not None:
-        out.print(f"finished: {finished.still}", markup=False)
-    for adapter in finished.adapters:
-        out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
-    told = f"{identity.name} {finished.attendance.told()}"
-    if finished.attendance.poor:
-        warn(
-            f"{told}. The adapters owe little or nothing to its records: the reason stands in what `train` printed, "
-            "and in the coordinator's `fedclip-agg status`"
-        )
-    else:
-        out.print(told, markup=False)
+    _print_finished(identity.name, finished)
     out.print("next: `fedclip-silo evaluate`, and `fedclip-silo report`")
 
 
@@ -284,6 +276,22 @@ for _command in (adapters.personalize, adapters.export):
     main.add_command(_command)
 for _command in (privacy.budget, privacy.report, privacy.verify, privacy.audit):
     main.add_command(_command)
+
+
+def _print_finished(name: str, finished: Finished) -> None:
+    """What a run has left, and in how much of it this silo was: loudly where that is little."""
+    if finished.still is not None:
+        out.print(f"finished: {finished.still}", markup=False)
+    for adapter in finished.adapters:
+        out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
+    told = f"{name} {finished.attendance.told()}"
+    if finished.attendance.poor:
+        warn(
+            f"{told}. The adapters owe little or nothing to its records: the reason stands in what `train` printed, "
+            "and in the coordinator's `fedclip-agg status`"
+        )
+    else:
+        out.print(told, markup=False)
 
 
 def _place(config: SiloConfig, path: Path) -> list[str]:

@@ -63,7 +63,7 @@ class Blobs:
     def keep_models(self, wanted: Collection[bytes]) -> None:
         """Remove all but these: a model can be as large as a whole encoder."""
         for path in set((self.folder / "models").iterdir()) - {self.model_path(digest) for digest in wanted}:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def copy_model(self, digest: bytes, sha256: bytes) -> None:
         """Keep as a model what is there as a file."""

@@ -12,13 +12,15 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from fedclip_cli import agg
+from fedclip_cli import agg, silo
 from fedclip_cli.console import Group, agreed, print_table, program_options, showing_logs
 from rich.table import Column, Table
 
 from fedclip_secure.aggregator.status import RunStatus, SiloStatus
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.pki.roster import readable_fingerprint
+from fedclip_secure.silo.attendance import Attendance
+from fedclip_secure.silo.train import Finished
 from tests.federation.processes import ENVIRONMENT
 from tests.waiting import BOUND
 
@@ -143,6 +145,29 @@ def test_verbose_is_an_option_of_the_program() -> None:
 
     told = {given: CliRunner().invoke(program, [*given, "hint"]).stderr for given in ((), ("-v",))}
     assert told == {(): "", ("-v",): "warning: a hint of theirs\n"}
+
+
+@pytest.mark.parametrize(
+    ("taken", "warned"), [(0, True), (24, True), (25, False), (50, False)], ids=["none", "few", "half", "all"]
+)
+def test_a_silo_that_was_in_few_rounds_ends_loudly(
+    capsys: pytest.CaptureFixture[str], taken: int, warned: bool
+) -> None:
+    missed = {"the others went on without it": 50 - taken} if taken < 50 else {}
+    silo._print_finished("st-marys", Finished([], Attendance(50, taken, missed), None))
+    told = capsys.readouterr()
+    said = f"st-marys took part in {taken} of 50 round(s)"
+    assert said in (told.err if warned else told.out)
+    assert told.err.startswith("warning: ") is warned
+    assert ("(26: the others went on without it)" in told.err) is (taken == 24)
+
+
+def test_a_run_that_ended_early_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    silo._print_finished("st-marys", Finished([], Attendance(12, 12, {}), "nothing is left to learn: round 12"))
+    assert capsys.readouterr().out.splitlines() == [
+        "finished: nothing is left to learn: round 12",
+        "st-marys took part in 12 of 12 round(s)",
+    ]
 
 
 def test_yes_on_the_command_line_asks_nobody() -> None:
