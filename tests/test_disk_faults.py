@@ -35,6 +35,7 @@ from fedclip_secure.config.plan import OpenClipModel
 from fedclip_secure.config.silo import FolderData, SiloConfig, read_silo, write_silo
 from fedclip_secure.config.yaml12 import replace_scalar
 from fedclip_secure.data import embeddings, walk
+from fedclip_secure.data.dicom import patient_of
 from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import is_image, load_image
 from fedclip_secure.data.manifest import read_manifest
@@ -61,6 +62,7 @@ from fedclip_secure.silo.report import load_audit
 from fedclip_secure.simulate.store import load, path_of
 from fedclip_secure.training import prepare
 from fedclip_secure.training.private_state import PrivateState
+from fedclip_secure.training.silo_data import _holds
 from fedclip_secure.transport.bodies import Sink
 from fedclip_secure.transport.client import Client
 from fedclip_secure.transport.tls import client_context, server_context
@@ -280,6 +282,8 @@ READS = [
     Place("folder of classes", "data/folder.py", _images, lambda _, path: read_folder(path, ["a"])),
     Place("folder of images", "data/walk.py", _images, lambda _, path: walk.walk(path)),
     Place("image", "data/image.py", _file("1.png"), lambda _, path: load_image(path, None)),
+    Place("patient of DICOM", "data/dicom.py", _file("1.dcm"), lambda _, path: patient_of(path)),
+    Place("data report", "training/silo_data.py", _file("data-report.json"), lambda _, path: _holds(path, b"")),
     Place("image without a suffix", "data/image.py", _file("IM0001"), lambda _, path: is_image(str(path))),
     Place("manifest", "data/manifest.py", _file("r.csv"), lambda _, path: read_manifest(path, path.parent, ["a"])),
     Place("features", "data/embeddings.py", _file("features.npz"), lambda _, path: embeddings._read(path)),
@@ -388,6 +392,7 @@ ELSEWHERE = {
     "silo/link.py": "maps what has just been downloaded: tests/silo/test_link.py",
     "privacy/software.py": "reads the package's own code",
     "simulate/cells.py": "reads the package's own code",
+    "data/room.py": "what a container may use; all of the memory where the system does not say",
     "data/dataset.py": "maps a file of its own without a name",
     "demo/conduct.py": "a new folder of the demo's own; the command line tells what the system says",
     "demo/crew.py": "a new folder of the demo's own; the command line tells what the system says",

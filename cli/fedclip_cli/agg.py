@@ -19,13 +19,14 @@ from fedclip_cli.console import (
     FILE,
     FOLDER,
     Group,
+    agreed,
     ending_in_order,
     image_progress,
     out,
     print_table,
+    program_options,
     run,
     say,
-    version_option,
 )
 from fedclip_cli.demo import print_demo, run_progress
 from fedclip_cli.owner import check_owner
@@ -53,7 +54,7 @@ _GIVING_UP = (
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@version_option
+@program_options
 def main() -> None:
     """Coordinate a federation: enrol silos, freeze the roster, serve secure averaging.
 
@@ -66,12 +67,19 @@ def main() -> None:
 @click.option("--name", required=True, help="The federation's name: a-z, 0-9 and -.")
 @click.option("--hosts", required=True, help="Names or addresses that silos connect to, separated by commas.")
 @click.option("--port", type=click.IntRange(1, 65535), default=443, show_default=True, help="The server's one port.")
-def init(folder: Path, name: str, hosts: str, port: int) -> None:
+@click.option(
+    "--method",
+    default="fedclip",
+    show_default=True,
+    help="Whose plan to begin with: NAME or NAME:ARM, as fedtune:visual_bias. An unknown one lists all.",
+)
+def init(folder: Path, name: str, hosts: str, port: int, method: str) -> None:
     """Make a federation's folder: plan, certificate authority, server certificate, signing key."""
     from fedclip_secure.aggregator.home import init_home
 
     check_owner(folder)
-    home = init_home(folder, parse_name(name), [host.strip() for host in hosts.split(",") if host.strip()], port)
+    named = [host.strip() for host in hosts.split(",") if host.strip()]
+    home = init_home(folder, parse_name(name), named, port, method)
     out.print(
         f"made {folder}/: authority/ (whoever has its key can name silos: keep it safe), server/ and federation.yaml",
         markup=False,
@@ -104,17 +112,24 @@ def prepare(folder: Path) -> None:
     contract = Contract(plan, prepared.lock)
     if (planned := PlannedRun.of(contract)) is not None:
         noise = planned.per_round.noise_multiplier
+        most, target = planned.epsilon(), planned.privacy.target_epsilon
         out.print(
-            f"privacy: epsilon at most {planned.epsilon():g} (delta {planned.delta:g}) for each "
+            f"privacy: epsilon at most {most:g} (delta {planned.delta:g}) for each "
             f"{planned.privacy.unit} over all rounds and retrains, with noise_multiplier {noise:g}",
             markup=False,
         )
+        if target is not None and most < 0.99 * target - 1e-4:
+            out.print(
+                f"target_epsilon {target:g} is more than anything can be claimed for here: {most:g} is the largest, "
+                "with the least noise that can be accounted for",
+                markup=False,
+            )
         if not planned.privacy.max_retrains:
             out.print(
                 "privacy.max_retrains is 0: a silo that crashes in training sits that round out, and where no silo may "
                 "be absent the run ends; to pay for another try, set it before the freeze"
             )
-    out.print(f"contract {contract.pin}", markup=False)
+    out.print(f"plan {contract.pin}", markup=False)
 
 
 def _resolve_of(folder: Path) -> Callable[[FederationPlan, Path], Prepared]:
@@ -163,11 +178,11 @@ def freeze(folder: Path) -> None:
     from fedclip_secure.aggregator.home import freeze as close
 
     contract, roster, terms = close(_own(folder))
-    table = Table("party", "fingerprint of its key", box=None)
+    table = Table("party", "key's fingerprint", box=None)
     for name, _ in roster.members:
         table.add_row(name, roster.fingerprint(name))
     print_table(table)
-    out.print(f"roster   {roster.pin}\ncontract {contract.pin}", markup=False)
+    out.print(f"roster {roster.pin}\nplan   {contract.pin}", markup=False)
     n, absent = len(roster.silos), terms.absent_tolerated
     out.print(
         f"{n} silos; a round needs {terms.floor} of them, so {absent or 'none'} may be absent from a round",
@@ -218,7 +233,7 @@ def give_up_attempt(folder: Path, yes: bool) -> None:
     """
     from fedclip_secure.aggregator.home import give_up
 
-    if not yes and not click.confirm(_GIVING_UP):
+    if not agreed(_GIVING_UP, yes=yes):
         raise ConfigError("nothing was given up")
     out.print(f"{give_up(_own(folder))} is given up", markup=False)
 

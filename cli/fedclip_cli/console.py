@@ -7,12 +7,14 @@ import codecs
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,15 +22,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedclip_secure.config.fields import CONTROL
 from fedclip_secure.disk import refused
-from fedclip_secure.errors import FedClipError
+from fedclip_secure.errors import ConfigError, FedClipError
 from fedclip_secure.extras import lacking
 from fedclip_secure.features.progress import Progress, ShowProgress
 
@@ -49,7 +51,8 @@ _WORDS = str.maketrans(
 codecs.register_error(_SPELLING, _spelled)
 T = TypeVar("T")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-_WIDEST = 100_000  # characters of a line
+_WIDEST, _NARROWEST = 100_000, 20  # characters of a line
+_VERBOSE = "fedclip.verbose"  # in a context's meta
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -108,14 +111,22 @@ class Group(click.Group):
                 stream.reconfigure(errors=_SPELLING)
         return super().main(*arguments, **named)
 
+    def invoke(self, context: click.Context) -> Any:
+        """Run a command, with what is logged meanwhile in view."""
+        with showing_logs(verbose=bool(context.meta.get(_VERBOSE))):
+            return super().invoke(context)
+
     def list_commands(self, context: click.Context) -> list[str]:
         """In the order of definition."""
         del context
         return list(self.commands)
 
 
-def version_option(program: Decorated) -> Decorated:
-    """`--version`: the package's version, and the hash of its code, which ledgers and reports name."""
+def program_options(program: Decorated) -> Decorated:
+    """`--verbose` and `--version`: the latter gives the hash of the code too, which ledgers and reports name."""
+
+    def remember(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+        context.meta[_VERBOSE] = wanted
 
     def show(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
         if not wanted or context.resilient_parsing:
@@ -126,7 +137,11 @@ def version_option(program: Decorated) -> Decorated:
         context.exit()
 
     told = "Show the version and the hash of the code, and exit."
-    return click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help=told)(program)
+    verbose = click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=remember, help="Show other libraries' warnings."
+    )
+    version_ = click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help=told)
+    return verbose(version_(program))
 
 
 def say(text: str) -> None:
@@ -136,13 +151,91 @@ def say(text: str) -> None:
 
 
 def print_table(table: Table) -> None:
-    """As wide as the terminal; whole where it goes into a pipe or a file, unless COLUMNS gives these a width."""
-    if out.is_terminal or "COLUMNS" in os.environ:
-        out.print(table)
+    """A table where it fits the terminal, else a block of lines for each row: nothing is cut.
+
+    It goes whole into a pipe or a file, unless COLUMNS gives these a width.
+    """
+    console = Console(highlight=False, width=_WIDEST)
+    whole = console.measure(table).maximum
+    limit = shutil.get_terminal_size().columns if out.is_terminal or "COLUMNS" in os.environ else whole
+    console.width = min(whole, max(limit, _NARROWEST))
+    if whole <= console.width:
+        console.print(table)
         return
-    whole = Console(highlight=False, width=_WIDEST)
-    whole.width = whole.measure(table).maximum
-    whole.print(table)
+    for number, block in enumerate(_blocks(table)):
+        if number:
+            console.print()
+        console.print(block)
+
+
+def _blocks(table: Table) -> Iterator[Table]:
+    """A row as lines of head and value; a table without heads has such lines already."""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    if not table.show_header:
+        yield _block(rows)
+        return
+    heads = [column.header for column in table.columns]
+    for row in rows:
+        yield _block(zip(heads, row, strict=True))
+
+
+def _block(lines: Iterable[tuple[RenderableType, ...]]) -> Table:
+    """Values are folded beside their heads."""
+    block = Table(Column("", no_wrap=True), Column("", overflow="fold"), box=None, show_header=False)
+    for head, value in lines:
+        block.add_row(head, value)
+    return block
+
+
+def agreed(question: str, *, yes: bool, to: str = "decided", on_stderr: bool = False) -> bool:
+    """Whether a person consents; `yes` is their word on the command line. `to`: what they have done before that.
+
+    Raises:
+        ConfigError: there is nobody to ask.
+    """
+    if yes:
+        return True
+    try:
+        if sys.stdin is not None:
+            return click.confirm(question, err=on_stderr)
+    except click.Abort:
+        click.echo(err=True)
+        if sys.stdin.isatty():  # Ctrl-C, Ctrl-D
+            return False
+    raise ConfigError(
+        f"this asks a question, and standard input is no terminal: run it in one, or add --yes once you have {to}"
+    )
+
+
+def warn(text: str) -> None:
+    """One line beside what a command prints, for a person to act on."""
+    err.print(Text.assemble(("warning:", "bold yellow"), " ", printable(text)))
+
+
+class _Logged(logging.Handler):
+    """Shows what is logged in the way of all other lines; of libraries beneath only errors, unless `verbose`."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._others = logging.WARNING if verbose else logging.ERROR
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record."""
+        own = record.name.split(".")[0] == "fedclip_secure"
+        if record.levelno >= (logging.WARNING if own else self._others):
+            tell = _print_error if record.levelno >= logging.ERROR else warn
+            tell(self.format(record))
+
+
+@contextlib.contextmanager
+def showing_logs(*, verbose: bool) -> Iterator[None]:
+    """Without a handler of ours the first library that logs would install one, which names modules."""
+    handler = _Logged(verbose=verbose)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 @contextlib.contextmanager

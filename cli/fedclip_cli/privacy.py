@@ -14,7 +14,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from fedclip_cli.console import FILE, FOLDER, Command, err, out, print_table, printable
+from fedclip_cli.console import FILE, FOLDER, Command, agreed, err, out, print_table, printable
 from fedclip_cli.owner import settings
 from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError, TrustError
@@ -76,7 +76,7 @@ def budget(path: Path, as_json: bool, federation: str | None, clock_was_wrong: b
         err.print("noted and signed: the clock was ahead. The report will say so")
     if federation is not None:
         question = f"{_ENDING.format(runs=unfinished(config, identity, federation))} End it?"
-        if not yes and not click.confirm(question, err=True):
+        if not agreed(question, yes=yes, on_stderr=True):
             raise TrustError("nothing was ended; `fedclip-silo train` goes on with what is unfinished")
         freed = end_runs(config, identity, federation)
         err.print(f"ended: nothing more is paid for in {federation}; {freed} round(s) are free again", markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 from click.core import ParameterSource
@@ -16,15 +16,17 @@ from fedclip_cli.adapters import ADAPTER, load
 from fedclip_cli.console import (
     FILE,
     Group,
+    agreed,
     err,
     image_progress,
     out,
     print_table,
     printable,
+    program_options,
     run,
     say,
-    version_option,
     waiting,
+    warn,
 )
 from fedclip_cli.data import print_data
 from fedclip_cli.evaluation import Measured, evaluation_json, print_evaluation
@@ -48,11 +50,14 @@ from fedclip_secure.silo.adapters import GLOBAL, choose
 from fedclip_secure.silo.link import Link
 from fedclip_secure.silo.outcome import adapter_folder, read_models
 from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted, text_features_path
-from fedclip_secure.silo.policy import check_policy
+from fedclip_secure.silo.policy import check_plan, check_policy
 from fedclip_secure.silo.recovery import giving_up, look
 from fedclip_secure.silo.recovery import recover as go_on
 from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.enrolment import enroll as get_certificate
+
+if TYPE_CHECKING:
+    from fedclip_secure.silo.train import Finished
 
 _QUESTION = "Do the fingerprints match what you were told, and do you take part on these terms?"
 _CONFIG = click.option(
@@ -61,7 +66,7 @@ _CONFIG = click.option(
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@version_option
+@program_options
 def main() -> None:
     """Take part in a federation: images stay here, masked updates leave.
 
@@ -116,9 +121,10 @@ def accept(path: Path, yes: bool) -> None:
         lines, ended = about_ledger(config, identity, offer)
         for line in [*lines, *_place(config, path)]:
             out.print(line, markup=False)
+    check_plan(offer.contract, offer.roster)
     check_policy(config.policy, offer.contract, terms, identity.name)
     check_own_key(offer.roster, identity)
-    if not yes and not click.confirm(_QUESTION):
+    if not agreed(_QUESTION, yes=yes, to="compared the fingerprints with the coordinator's"):
         raise TrustError(f"not accepted: {path} is as it was; settle the difference with the coordinator")
     save_accepted(path, config, offer, text_features)
     out.print(f"pinned in {path}. {_after_accept(config, offer, ended=ended)}", markup=False)
@@ -173,9 +179,10 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
     identity = Identity.load(Path(config.identity))
     if abandon_round and not yes:
         question = giving_up(Path(config.workdir), identity.epoch_path, abandon_round)
-        if not click.confirm(question):
+        if not agreed(question, yes=False):
             raise TrustError(f"round {abandon_round} is not given up; `fedclip-silo train` goes on with it as it was")
     mine = load_accepted(config)
+    check_plan(mine.contract, mine.roster)
     check_policy(config.policy, mine.contract, Terms.of(mine.contract, mine.roster), identity.name)
     check_own_key(mine.roster, identity)
     if mine.contract.plan.privacy is not None:
@@ -192,9 +199,8 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
             abandon=abandon_round,
             changed_data=changed_data,
         )
-        saved = run(taking_part)
-    for adapter in saved:
-        out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
+        finished = run(taking_part)
+    _print_finished(identity.name, finished)
     out.print("next: `fedclip-silo evaluate`, and `fedclip-silo report`")
 
 
@@ -211,7 +217,7 @@ def recover(path: Path, yes: bool) -> None:
     if standing.matches:
         out.print("next: `fedclip-silo train`")
         return
-    if not yes and not click.confirm("Go on, and sit out every model over which this silo may have sent an update?"):
+    if not agreed("Go on, and sit out every model over which this silo may have sent an update?", yes=yes):
         raise TrustError("nothing was changed; restore the newest journal, or ask the coordinator")
     count = go_on(workdir, identity.epoch_path)
     out.print(f"this silo will not sign over {count} model(s) again. next: `fedclip-silo train`", markup=False)
@@ -294,6 +300,22 @@ for _command in (privacy.budget, privacy.report, privacy.verify, privacy.audit):
     main.add_command(_command)
 
 
+def _print_finished(name: str, finished: Finished) -> None:
+    """What a run has left, and in how much of it this silo was: loudly where that is little."""
+    if finished.still is not None:
+        out.print(f"finished: {finished.still}", markup=False)
+    for adapter in finished.adapters:
+        out.print(f"{adapter.kind}: after round {adapter.card['after_round']}, {adapter.path}", markup=False)
+    told = f"{name} {finished.attendance.told()}"
+    if finished.attendance.poor:
+        warn(
+            f"{told}. The adapters owe little or nothing to its records: the reason stands in what `train` printed, "
+            "and in the coordinator's `fedclip-agg status`"
+        )
+    else:
+        out.print(told, markup=False)
+
+
 def _place(config: SiloConfig, path: Path) -> list[str]:
     """What a person should know of where the ledger lies."""
     line = about_place(config, path.resolve().parent)
@@ -355,7 +377,7 @@ def _show_offer(offer: Accepted, terms: Terms, identity: Identity) -> None:
     }.items():
         table.add_row(key, Text(value))
     print_table(table)
-    fingerprints = Table("party", "fingerprint of its key", box=None)
+    fingerprints = Table("party", "key's fingerprint", box=None)
     for name, _ in offer.roster.members:
         fingerprints.add_row(f"{name} (you)" if name == identity.name else name, offer.roster.fingerprint(name))
     print_table(fingerprints)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
-from fedclip_cli.console import out, say
+from fedclip_cli.console import out, print_table, say
 
 if TYPE_CHECKING:  # these load torch
     from fedclip_secure.simulate.run import Results, Row
@@ -63,13 +65,16 @@ def _result(row: Row) -> str:
 
 
 def print_simulation(results: Results, files: list[Path]) -> None:
-    """The table as in table.md, what did not run, and where everything lies."""
+    """The table of table.md, what did not run, and where everything lies."""
     from fedclip_secure.simulate.experiment import encoder_of
-    from fedclip_secure.simulate.tables import NOT_COVERED, failures, table
+    from fedclip_secure.simulate.tables import NOT_COVERED, cells, failures
 
     out.print(f"encoder: {encoder_of(results.experiment)}", markup=False)
-    for line in table(results):
-        out.print(line, markup=False)
+    heads, *rows = cells(results)
+    table = Table(heads[0], *(Column(head, justify="right") for head in heads[1:]), box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    print_table(table)
     if any(row.cell.privacy for row in results.rows):
         out.print(NOT_COVERED)
     for reason in failures(results):

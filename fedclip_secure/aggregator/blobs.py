@@ -74,6 +74,11 @@ class Blobs:
         """Keep a model."""
         model.to_file(self.model_path(digest))
 
+    def keep_models(self, wanted: Collection[bytes]) -> None:
+        """Remove all but these: a model can be as large as a whole encoder."""
+        for path in set((self.folder / "models").iterdir()) - {self.model_path(digest) for digest in wanted}:
+            path.unlink(missing_ok=True)
+
     def copy_model(self, digest: bytes, sha256: bytes) -> None:
         """Keep as a model what is there as a file."""
         path = self.file_path(sha256)

@@ -14,7 +14,9 @@ from pathlib import Path
 from fedclip_secure.aggregator.store import Store
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.lock import Contract, ExternalEncoder, read_lock
+from fedclip_secure.config.needs import unlisted
 from fedclip_secure.config.plan import ExternalModel, FederationPlan
+from fedclip_secure.config.recipes import recipe_of
 from fedclip_secure.disk import check_disk, refused
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
@@ -125,13 +127,13 @@ class Home:
         return Store(self.folder / "state", reading=True)
 
 
-def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) -> Home:
-    """Make a coordinator's folder: plan to edit, authority, server certificate, signing key.
+def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int, method: str = "fedclip") -> Home:
+    """Make a coordinator's folder: plan to edit, for `method`, authority, server certificate, signing key.
 
     Raises:
-        ConfigError: `folder` holds a federation already; a host or name is impossible.
+        ConfigError: `folder` holds a federation already; a host or name is impossible; there is no such method.
     """
-    home = Home(folder)
+    home, recipe = Home(folder), recipe_of(method)
     if home.plan_path.exists():
         raise ConfigError(f"{home.plan_path}: is there already; choose an empty folder")
     check_disk(folder, "choose another folder, on a local disk", private=True)
@@ -143,7 +145,8 @@ def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int) ->
     server = f"https://{host}" if port == 443 else f"https://{host}:{port}"
     template = resources.files("fedclip_secure.config").joinpath("templates/federation.yaml").read_text("utf-8")
     # A seed of its own: a silo adds its update to one and the same model only once, in whatever run.
-    values = {"{federation}": federation, "{server}": server, "{seed}": str(secrets.randbelow(2**31))}
+    ours = {"{federation}": federation, "{server}": server, "{seed}": str(secrets.randbelow(2**31))}
+    values = {**ours, **recipe.values(method)}
     for key, value in values.items():
         template = template.replace(key, value)
     write_atomically(home.plan_path, template.encode())
@@ -219,6 +222,8 @@ def freeze(home: Home) -> tuple[Contract, Roster, Terms]:
         keys = {member.silo: member.public_key for member in store.members()}
         roster = Roster.of({**keys, AGGREGATOR: SigningKey.load(home.signing_key).public_bytes})
         terms = Terms.of(contract, roster)
+        if faults := unlisted(contract.plan, roster.silos):
+            raise ConfigError(f"{home.plan_path}: {faults[0]}; edit it, and run `fedclip-agg prepare` again")
         for data in _locked_files(home, contract):
             store.blobs.save_file(data)
         store.freeze(contract.encode(), roster.encode())

@@ -16,7 +16,7 @@ from fedclip_secure.aggregator.attempt import LiveAttempt
 from fedclip_secure.aggregator.complaints import excluded
 from fedclip_secure.aggregator.notes import REASON, Notes, listed, name_of, waits_for
 from fedclip_secure.aggregator.presence import Presence
-from fedclip_secure.aggregator.store import RoundRow, Store
+from fedclip_secure.aggregator.store import RoundRow, Store, ended
 from fedclip_secure.config.plan import Deadlines
 from fedclip_secure.errors import DataError, ProtocolError
 from fedclip_secure.model.state import AdapterState
@@ -70,13 +70,13 @@ class Rounds:
 
     @property
     def finished(self) -> bool:
-        """Whether the plan's last round is confirmed."""
-        done = self.store.rounds()
-        return self.live is None and bool(done) and done[-1].round == self.terms.rounds
+        """Whether the last round is confirmed."""
+        return self.live is None and ended(self.store.rounds(), self.terms)
 
     async def run(self) -> None:
-        """Run until the plan's last round, or until only a person can help."""
+        """Run until the last round, or until only a person can help."""
         self.store.blobs.keep_vectors(self.store.vectors_wanted())
+        self.store.blobs.keep_models(self.store.models_wanted(self.terms.initial_model))
         try:
             while self.store.halted() is None and (live := self._resume() or self._open()) is not None:
                 self._set_live(live)
@@ -295,6 +295,7 @@ class Rounds:
         live.session.close()
         counts = f"; the model before it had {row.correct} of {row.total} right" if row.total else ""
         self._say(f"{self.terms.round_name(row.round)}: averaged {', '.join(row.survivors)}{counts}")
+        self.store.blobs.keep_models(self.store.models_wanted(self.terms.initial_model))
         self.notify()
 
     def _save_result(self, live: LiveAttempt, total: Words) -> RoundRow:
@@ -332,11 +333,11 @@ class Rounds:
 
     def _open(self) -> LiveAttempt | None:
         """Open the next attempt; None after the last round."""
-        round_number, last = self._next_round(), self.store.last_attempt()
-        if round_number > self.terms.rounds:
+        done, last = self.store.rounds(), self.store.last_attempt()
+        if ended(done, self.terms):
             return None
-        number, seal = (1 if last is None else last.number + 1), SealKey.generate()
-        done = self.store.rounds()
+        round_number, number = self._next_round(), 1 if last is None else last.number + 1
+        seal = SealKey.generate()
         ad = ServerAd(
             plan=self.terms.plan,
             roster=self.terms.roster.digest,

@@ -17,6 +17,7 @@ from fedclip_secure.aggregator.app import Server, make_app
 from fedclip_secure.aggregator.guests import dismiss_guests
 from fedclip_secure.aggregator.home import Home, check_charges, renew_server_certificate
 from fedclip_secure.aggregator.rounds import Rounds
+from fedclip_secure.aggregator.store import Store
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.disk import check_disk
 from fedclip_secure.errors import FedClipError, TransportError, TrustError
@@ -95,13 +96,21 @@ async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
     blobs, initial_file = server.store.blobs, bytes.fromhex(contract.lock.initial_file)
     if not blobs.file_path(initial_file).is_file():
         raise TrustError("the initial adapter is missing from the store; restore the state folder")
-    blobs.copy_model(terms.initial_model, initial_file)
+    if terms.initial_model in server.store.models_wanted(terms.initial_model):
+        blobs.copy_model(terms.initial_model, initial_file)
     server.rounds = Rounds(server.store, terms, key, contract.plan.deadlines, say)
     absent = terms.absent_tolerated or "none"
     say(f"roster of {len(roster.silos)} silos; a round needs {terms.floor} of them, so {absent} may be absent from it")
     await server.rounds.run()
     if server.rounds.finished:
-        say(f"finished: {terms.training_rounds} rounds. The result stays here to be fetched; stop with Ctrl-C")
+        say(f"finished: {_came_to(server.store, terms)}. The result stays here to be fetched; stop with Ctrl-C")
+
+
+def _came_to(store: Store, terms: Terms) -> str:
+    last = store.rounds()[-1]
+    if terms.moved_nothing(last.round, last.start_model, last.model):
+        return terms.still(last.round)
+    return f"{terms.training_rounds} rounds"
 
 
 async def _listen(runner: web.AppRunner, host: str | None, port: int, context: ssl.SSLContext) -> None:

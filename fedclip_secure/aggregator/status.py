@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedclip_secure.aggregator.home import Home
-from fedclip_secure.aggregator.store import Event, RoundRow, Store
+from fedclip_secure.aggregator.store import Event, RoundRow, Store, ended
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.pki.certificates import read_certificate
 from fedclip_secure.pki.roster import Roster
@@ -98,8 +98,10 @@ def _state(store: Store, terms: Terms | None) -> tuple[str, str]:
     if halted is not None:
         return "halted", halted[0]
     rounds, last = store.rounds(), store.last_attempt()
-    if rounds and rounds[-1].round == terms.rounds and last is not None and last.ended is not None:
-        return "finished", ""
+    if ended(rounds, terms) and last is not None and last.ended is not None:
+        newest = rounds[-1]
+        still = terms.moved_nothing(newest.round, newest.start_model, newest.model)
+        return "finished", terms.still(newest.round) if still else ""
     return ("running", "") if last is not None else ("frozen", "`fedclip-agg serve` starts the run")
 
 

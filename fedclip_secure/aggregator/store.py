@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 from fedclip_secure.aggregator.blobs import Blobs
 from fedclip_secure.disk import is_damage, is_locked, lock_file, refused
 from fedclip_secure.errors import DataError, ProtocolError, TrustError
+from fedclip_secure.model.points import ModelPoint, best_of
+from fedclip_secure.secagg.terms import Terms
 
 _VERSION = 1
 _PATIENCE = 30  # seconds that another process's write is waited for
@@ -90,6 +92,11 @@ class RoundRow:
     model: bytes
     sum_hash: bytes
     ended_at: float
+
+
+def ended(rounds: Sequence[RoundRow], terms: Terms) -> bool:
+    """Whether no round follows the newest of `rounds`."""
+    return bool(rounds) and terms.ends_with(rounds[-1].round, rounds[-1].start_model, rounds[-1].model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +426,19 @@ class Store:
     def presence(self) -> dict[str, float]:
         """When each silo was last heard of."""
         return dict(self._rows("SELECT silo, seen_at FROM presence"))
+
+    def models_wanted(self, initial: bytes) -> set[bytes]:
+        """Digests of the models that may still be asked for, at most three however long the run.
+
+        The newest one; the one that it was made of, until its round is confirmed and for silos that are slow; and the
+        best, which each silo fetches at the end.
+        """
+        rounds = self.rounds()
+        if not rounds:
+            return {initial}
+        points = [ModelPoint(row.round - 1, row.start_model, row.correct, row.total) for row in rounds]
+        newest = rounds[-1]
+        return {newest.start_model, newest.model, best_of(points).model}
 
     def vectors_wanted(self) -> set[bytes]:
         """SHA-256 of the vectors that a running attempt or the last round still needs."""

@@ -11,6 +11,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from fedclip_secure.config.fields import Strict
+from fedclip_secure.config.needs import Need
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.stage import FEATURES, Stage
@@ -44,6 +45,7 @@ class MethodSpec:
     per_record_loss: bool  # False: the loss couples the records of a batch
     private_feeds_shared: bool  # True: the private part decides gradients of the shared one
     one_sum: bool = False  # True: one step of plain SGD over all records is all there is to learn
+    needs: tuple[Need, ...] = ()  # of the rest of the plan
     first_block: int = 0  # of the visual tower that the method runs, where it takes tokens
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fedclip_secure.config.needs import NEEDS
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.methods.base import Batch, Method, MethodSpec, Phase
@@ -48,6 +49,7 @@ class FedClip(Method):
             private=(),
             per_record_loss=self.loss == "cross_entropy",
             private_feeds_shared=False,
+            needs=NEEDS["fedclip"],
         )
 
     def build(self, task: Task, encoder: Encoder | None = None) -> nn.Module:  # noqa: ARG002 - features are all it takes

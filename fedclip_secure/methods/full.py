@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fedclip_secure.config.needs import NEEDS
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.towers import tunable_copy
@@ -44,6 +45,7 @@ class FullTuning(Method):
             private=(),
             per_record_loss=self.loss == "cross_entropy",
             private_feeds_shared=False,
+            needs=NEEDS["fedavg_full"],
         )
 
     def build(self, task: Task, encoder: Encoder | None = None) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from fedclip_secure.config.needs import NEEDS
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.methods.base import Batch, Method, MethodSpec, Phase
@@ -38,6 +39,7 @@ class PrivatePrototypes(Method):
             per_record_loss=True,
             private_feeds_shared=False,
             one_sum=True,
+            needs=NEEDS["private_prototypes"],
         )
 
     def build(self, task: Task, encoder: Encoder | None = None) -> nn.Module:  # noqa: ARG002 - features are all it takes

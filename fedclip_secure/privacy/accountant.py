@@ -91,9 +91,12 @@ def noise_multiplier(target_epsilon: float, delta: float, sample_rate: float, st
 
     low, high = (math.log(sigma) for sigma in SIGMA_RANGE)
     if excess(high) > 0:
+        reached = epsilon([Event(SIGMA_RANGE[1], sample_rate, steps)], delta)
         raise ConfigError(
-            f"target_epsilon {target_epsilon} at delta {delta:g} cannot be reached in {steps} steps at sample_rate "
-            f"{sample_rate:g} by any noise_multiplier up to {SIGMA_RANGE[1]:g}; raise it, or lower steps or sample_rate"
+            f"privacy.target_epsilon {target_epsilon} at delta {delta:g} cannot be reached in {steps} step(s) at "
+            f"sample_rate {sample_rate:g}: with the largest noise_multiplier, {SIGMA_RANGE[1]:g}, epsilon is "
+            f"{reached:g}. Set a target_epsilon of at least that, or lower training.rounds, steps_per_round or "
+            "sample_rate"
         )
     root = low if excess(low) <= 0 else optimize.brentq(excess, low, high, xtol=1e-7)
     sigma = math.ceil(math.exp(root) * DECIMALS - 1e-6)  # so that 0.0100 stays itself after log and exp
@@ -106,7 +109,7 @@ def _floor(target_epsilon: float) -> float:
     """To the decimals that ε has."""
     if not (math.isfinite(target_epsilon) and target_epsilon * DECIMALS >= 1):
         raise ConfigError(
-            f"target_epsilon {target_epsilon} cannot be reached or shown; give a finite value of at least 0.0001"
+            f"privacy.target_epsilon {target_epsilon} cannot be reached or shown; give a finite value from 0.0001 on"
         )
     return math.floor(target_epsilon * DECIMALS) / DECIMALS
 
@@ -141,7 +144,9 @@ def _refined(events: Sequence[Event], directions: Sequence[Direction], size: int
     if not parts:
         return
     if sum(event.steps for event in parts) > MOST_STEPS:
-        raise ConfigError(f"more than {MOST_STEPS} steps cannot be accounted for together; lower rounds or steps")
+        raise ConfigError(
+            f"more than {MOST_STEPS} steps cannot be accounted for together; lower rounds or steps_per_round"
+        )
     losses = [[StepLoss(event.noise_multiplier, event.sample_rate, way, size) for event in parts] for way in directions]
     widest = max(high - low for way in losses for low, high in (loss.bounds() for loss in way))
     if widest > WIDEST_LOSS:

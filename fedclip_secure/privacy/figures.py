@@ -24,7 +24,9 @@ def epsilon(run: PlannedRun, rounds: int, adjacency: accountant.Adjacency = "add
     """Epsilon after so many rounds; zero before the first."""
     found = _epsilon(run.after(rounds), run.delta, adjacency) if rounds else 0.0
     if not math.isfinite(found):
-        raise ConfigError("the noise of the plan hides nothing, so nothing can be claimed; raise noise_multiplier")
+        raise ConfigError(
+            "the noise of the plan hides nothing, so nothing can be claimed; the plan needs a larger noise_multiplier"
+        )
     return found
 
 

@@ -8,10 +8,10 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.rdp import rdp_epsilon
+from fedclip_secure.privacy.rdp import least_noise, rdp_epsilon
 from fedclip_secure.privacy.releases import check_releases
 
-_LARGEST_EPSILON = 1000.0  # beyond it nothing is promised, and the arithmetic would need much memory
+LARGEST_EPSILON = 1000.0  # by RDP; beyond it nothing is promised, and the arithmetic would need much memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,8 @@ class PlannedRun:
         check_releases(contract)
         per_round = Event(sigma, privacy.sample_rate, privacy.steps_per_round * contract.lock.releases)
         run = cls(privacy, per_round, contract.plan.training.rounds + privacy.max_retrains)
-        if not rdp_epsilon([run.after(run.rounds)], privacy.delta) <= _LARGEST_EPSILON:
-            raise ConfigError(
-                f"ε of the plan is above {_LARGEST_EPSILON:g}, so nothing can be claimed; raise noise_multiplier"
-            )
+        if not rdp_epsilon([run.total], privacy.delta) <= LARGEST_EPSILON:
+            raise ConfigError(_nothing_claimed(run.total, privacy.delta))
         return run
 
     @property
@@ -65,3 +63,14 @@ class PlannedRun:
     def after(self, rounds: int) -> Event:
         """So many rounds, at least one."""
         return replace(self.per_round, steps=rounds * self.per_round.steps)
+
+
+def _nothing_claimed(total: Event, delta: float) -> str:
+    needed = least_noise(LARGEST_EPSILON, delta, total.sample_rate, total.steps)
+    remedy = "lower training.rounds, privacy.steps_per_round or sample_rate"
+    if needed is not None:
+        remedy = f"set privacy.noise_multiplier to at least {needed:g}"
+    return (
+        f"privacy: with noise_multiplier {total.noise_multiplier:g} epsilon over {total.steps} step(s) at sample_rate "
+        f"{total.sample_rate:g} is above {LARGEST_EPSILON:g} (delta {delta:g}), so nothing can be claimed; {remedy}"
+    )

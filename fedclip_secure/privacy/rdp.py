@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fedclip_secure.config.fields import LEAST_NOISE, MOST_NOISE
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy.events import Event, merged
 
@@ -45,6 +46,21 @@ def rdp_epsilon(events: Iterable[Event], delta: float) -> float:
     check_delta(delta)
     parts = merged(events)
     return min(to_epsilon(rdp(parts, order), order, delta) for order in WHOLE_ORDERS) if parts else 0.0
+
+
+def least_noise(largest: float, delta: float, sample_rate: float, steps: int) -> float | None:
+    """The smallest σ, rounded up to 4 decimals, whose ε over `steps` steps is at most `largest`; None: none is."""
+
+    def fits(tenthousandths: int) -> bool:
+        return rdp_epsilon([Event(tenthousandths / 10_000, sample_rate, steps)], delta) <= largest
+
+    low, high = round(LEAST_NOISE * 10_000), round(MOST_NOISE * 10_000)
+    if not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low / 10_000
 
 
 def check_delta(delta: float) -> None:

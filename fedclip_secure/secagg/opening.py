@@ -102,5 +102,7 @@ def _check_chain(terms: Terms, position: Position, ad: ServerAd, results: Sequen
         raise ProtocolError(
             "chain", f"round {ad.round} does not start from the model that round {last.round} ended with"
         )
+    if terms.ends_with(last.round, last.start, last.model):
+        raise ProtocolError("chain", f"round {last.round} changed no parameter, so none may follow it")
     if position.round == last.round and last.start != position.model:
         raise ProtocolError("chain", f"round {last.round} ended over another model than the one that this silo joined")

@@ -34,22 +34,22 @@ def compute_outcome(
     same bits.
 
     Raises:
-        ProtocolError: `sum-bounds`, `unmoved`.
+        ProtocolError: `sum-bounds`.
     """
     total = read_total(words, terms.vector, terms.grid, len(survivors))
     _check_weights(terms, total, survivors)
     if not terms.trains(round_number) and total.update.any():
         raise ProtocolError("sum-bounds", "the closing validation round moved the model: a silo sent garbage")
-    model = old
-    if terms.trains(round_number):
-        vector, moved = _step(old.vector, total, terms.grid)
-        if not moved:
-            # The next round would start from the same model, over which every silo adds its vector only once.
-            raise ProtocolError(
-                "unmoved", "the round moved no parameter; the plan's training.optimizer.lr is too small"
-            )
-        model = AdapterState(old.layout, vector)
+    model = _next(terms, round_number, old, total)
     return Outcome(model, tuple(survivors), total.weight, total.correct, total.total)
+
+
+def _next(terms: Terms, round_number: int, old: AdapterState, total: Total) -> AdapterState:
+    """`old` itself where nothing moved: -0 and 0 are equal, and would give two digests."""
+    if not terms.trains(round_number):
+        return old
+    vector, moved = _step(old.vector, total, terms.grid)
+    return AdapterState(old.layout, vector) if moved else old
 
 
 def _step(old: Floats, total: Total, grid: FixedPoint) -> tuple[Floats, bool]:

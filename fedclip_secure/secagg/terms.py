@@ -86,6 +86,25 @@ class Terms:
         """Whether updates travel in this round; in the closing one only weights and counts do."""
         return number <= self.training_rounds
 
+    def ends_with(self, number: int, start: bytes, model: bytes) -> bool:
+        """Whether no round follows round `number`, which went from the model `start` to `model` (digests).
+
+        A silo adds its update to one model only once, so after a training round that moved nothing none can follow.
+        """
+        return number >= self.rounds or self.moved_nothing(number, start, model)
+
+    def moved_nothing(self, number: int, start: bytes, model: bytes) -> bool:
+        """Whether round `number` was to train and changed no parameter."""
+        return self.trains(number) and start == model
+
+    def still(self, number: int) -> str:
+        """What such a round tells. Converged, and too small a learning rate, look alike from outside."""
+        return (
+            f"nothing is left to learn: round {number} changed no parameter (the grid's step is {self.grid.step:.1e}). "
+            "If the accuracy is poor, training.optimizer.lr is too small: start a new federation with a larger one, "
+            "and not from this adapter, over which the silos have sent updates"
+        )
+
     def weight(self, silo: str, records: int) -> int:
         """The weight of `silo`, which has so many training records, by the plan."""
         if self.public_weights is not None:

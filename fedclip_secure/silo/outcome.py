@@ -11,21 +11,12 @@ from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError, ProtocolError
 from fedclip_secure.export.facts import Facts, write_card
 from fedclip_secure.files import write_atomically
+from fedclip_secure.model.points import ModelPoint, best_of
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.messages import Result
 from fedclip_secure.secagg.opening import check_results
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.link import Link
-
-
-@dataclass(frozen=True, slots=True)
-class ModelPoint:
-    """The model after `round` rounds, and its validation counts over the silos of the next round."""
-
-    round: int
-    model: bytes  # digest
-    correct: int
-    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +28,47 @@ class SavedAdapter:
     card: dict[str, object]
 
 
-async def fetch_points(link: Link, terms: Terms) -> list[ModelPoint]:
-    """Follow the chain of results from the initial model to the last one.
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A run that has ended: its models in order, and whether its last round changed no parameter and so ended it."""
+
+    points: tuple[ModelPoint, ...]
+    still: bool = False
+
+    @property
+    def rounds(self) -> int:
+        """How many training rounds there were."""
+        return self.points[-1].round
+
+
+async def fetch_course(link: Link, terms: Terms) -> Course:
+    """Follow the chain of results from the initial model to the last one. That the run has ended must follow from it.
 
     Raises:
         ProtocolError: `chain`: a round is missing, or t silos do not vouch for it.
     """
-    points, model = [], terms.initial_model
+    points, model = list[ModelPoint](), terms.initial_model
     for number in range(1, terms.rounds + 1):
         result = check_results(terms, await link.results(number))
         _check_order(result, number, model)
         points.append(ModelPoint(number - 1, model, result.correct, result.total))
+        if terms.moved_nothing(number, model, result.model):
+            return Course((*points, ModelPoint(number, model, result.correct, result.total)), still=True)
         model = result.model
     if terms.rounds == terms.training_rounds:  # no closing validation round: nobody has counted for the last model
         points.append(ModelPoint(terms.rounds, model, 0, 0))
-    return points
+    return Course(tuple(points))
 
 
-def best_of(points: list[ModelPoint]) -> ModelPoint:
-    """The point of the highest validation accuracy, the later one of equals; the last where nobody counted."""
-    return max(points, key=lambda point: (point.correct / point.total if point.total else 0.0, point.round))
-
-
-async def save_adapters(link: Link, contract: Contract, terms: Terms, workdir: Path) -> list[SavedAdapter]:
+async def save_adapters(
+    link: Link, course: Course, contract: Contract, terms: Terms, workdir: Path
+) -> list[SavedAdapter]:
     """Fetch the best and the last adapter and write each as safetensors with a JSON card beside it.
 
     Raises:
-        ProtocolError: `chain`. ModelError: the server sent another model. DataError: the disk refuses.
+        ModelError: the server sent another model. DataError: the disk refuses.
     """
-    points = await fetch_points(link, terms)
-    saved = []
+    points, saved = course.points, []
     for kind, point in (("best", best_of(points)), ("last", points[-1])):
         state = await link.model(point.model, terms)
         facts = Facts(kind, point.round, point.model, point.correct, point.total)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from fedclip_secure.config.lock import Contract
+from fedclip_secure.config.needs import unlisted, unmet
 from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.config.silo import Policy
 from fedclip_secure.errors import ConfigError, PolicyError
+from fedclip_secure.pki.roster import Roster
 from fedclip_secure.privacy.admission import Need, in_words
 from fedclip_secure.privacy.cap import Cap
 from fedclip_secure.privacy.planned import PlannedRun
@@ -36,6 +38,33 @@ def check_policy(policy: Policy, contract: Contract, terms: Terms, silo: str) ->
     if faults:
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise PolicyError(f"{silo} does not take part:{listed}\nchange the plan with the coordinator, or silo.yaml")
+
+
+def check_plan(contract: Contract, roster: Roster) -> None:
+    """Refuse a plan whose method cannot be trained with it, whoever froze it.
+
+    Raises:
+        ConfigError: names each key, what it is, and what it must be.
+    """
+    _refuse(contract, [*unmet(contract.plan), *unlisted(contract.plan, roster.silos)])
+
+
+def check_records(contract: Contract, records: int) -> None:
+    """The same, once it is known how many training `records` this silo has. Not with privacy, which must not show it.
+
+    Raises:
+        ConfigError: as `check_plan`.
+    """
+    _refuse(contract, unmet(contract.plan, records))
+
+
+def _refuse(contract: Contract, faults: list[str]) -> None:
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise ConfigError(
+            f"the plan of {contract.plan.federation}: method {contract.plan.method.name} does not go with the rest of "
+            f"it:{listed}\nso it cannot be trained here: tell the coordinator, who needs a new federation"
+        )
 
 
 def _privacy_faults(policy: Policy, contract: Contract, privacy: PrivacyPlan) -> list[str]:

@@ -89,6 +89,7 @@ class Runner:
         self._position = journal.position(self._terms.roster.digest)
         self._model: AdapterState | None = None  # the newest that this silo knows
         self._said = ""
+        self.missed: dict[int, str] = {}  # by round: why an attempt at it went on without this silo
 
     async def run(self, abandon: int | None = None) -> None:
         """Until the aggregator says that the run is finished. `abandon`: a round that a person gave up.
@@ -121,6 +122,7 @@ class Runner:
             after = opening.ad.attempt
             idle = self._why_sit_out(opening)
             if idle:
+                self.missed[opening.ad.round] = "it could send no update"
                 self._tell(f"{self._name(opening)}: {idle}; sitting out until the model has moved on")
                 continue
             await self._take_part(opening, self._attempt(opening, answer.opening))
@@ -142,6 +144,7 @@ class Runner:
             await attempt
         except LeftOutError as error:
             self._journal.leave()
+            self.missed[opening.ad.round] = "the others went on without it"
             self._tell(f"{self._name(opening)} goes on without this silo: {error}; waiting for the next")
 
     async def _attempt(self, opening: Opening, wire: bytes) -> None:
@@ -160,12 +163,7 @@ class Runner:
         drawn = self._journal.drawn(opening.ad.model, trains=saved.trains)
         if drawn is None or self._journal.vector(drawn) is None:
             raise LeftOutError("this silo's vector is lost")
-        try:
-            old = await self._model_of(opening.ad.model)
-        except TransportError as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                raise
-            raise LeftOutError("the server does not know this attempt's model") from error
+        old = await self._model_of(opening.ad.model)
         session = self._session(opening, self._as_it_joined(drawn, saved), saved.secrets)
         await self._go_through(opening, session, saved.steps, old)
 
@@ -195,6 +193,8 @@ class Runner:
         self._model = outcome.model
         validation = f"; the model before it had {outcome.correct} of {outcome.total} right" if outcome.total else ""
         self._tell(f"{self._name(opening)}: averaged {', '.join(outcome.survivors)}{validation}")
+        if self._terms.moved_nothing(opening.ad.round, opening.ad.model, outcome.model.digest):
+            self._tell(f"{self._name(opening)} changed no parameter, and is the last one: nothing is left to learn")
 
     def _drawn(self, ad: ServerAd) -> Drawn | None:
         return self._journal.drawn(ad.model, trains=self._terms.trains(ad.round))
@@ -275,7 +275,14 @@ class Runner:
                     f"{terms.grid.silos} silos can hold; ask for a smaller `splits.validation`"
                 )
         update = self._update(round_number, old)
-        return terms.vector.quantize(terms.grid, update, weight, counted.correct, counted.total)
+        vector = terms.vector.quantize(terms.grid, update, weight, counted.correct, counted.total)
+        if update.any() and not vector[: terms.layout.size].any():
+            self._say(
+                f"{terms.round_name(round_number)}: this silo's update is not zero, and rounded to nothing: of weight "
+                f"{weight} nothing below {terms.grid.step * terms.grid.max_weight / weight:.1e} shows. The plan needs "
+                "a larger training.optimizer.lr, or a smaller secure_aggregation.coordinate_clip"
+            )
+        return vector
 
     def _update(self, round_number: int, old: AdapterState) -> npt.NDArray[np.floating[Any]]:
         if self._terms.trains(round_number):
@@ -293,7 +300,12 @@ class Runner:
     async def _model_of(self, digest: bytes) -> AdapterState:
         if self._model is None or self._model.digest != digest:
             self._model = None  # before another one comes into memory
-            self._model = await self._link.model(digest, self._terms)
+            try:
+                self._model = await self._link.model(digest, self._terms)
+            except TransportError as error:
+                if error.status != HTTPStatus.NOT_FOUND:
+                    raise
+                raise LeftOutError("the server does not have this attempt's model any more") from error
         return self._model
 
     def _name(self, opening: Opening) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,29 @@ from fedclip_secure.features.progress import ShowProgress
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.account import Account
+from fedclip_secure.silo.attendance import Attendance
 from fedclip_secure.silo.journal import Journal
 from fedclip_secure.silo.link import Link, present
-from fedclip_secure.silo.outcome import SavedAdapter, save_adapters
+from fedclip_secure.silo.outcome import SavedAdapter, fetch_course, save_adapters
 from fedclip_secure.silo.party import Party
 from fedclip_secure.silo.pins import Accepted, check_same, text_features_path
+from fedclip_secure.silo.policy import check_records
 from fedclip_secure.silo.runner import Runner, Trainer
 from fedclip_secure.transport.client import Client, Waiting
 
 if TYPE_CHECKING:  # loads torch
     from fedclip_secure.training.inputs import Inputs
     from fedclip_secure.training.private_state import PrivateState
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What is left of a run that has ended. `still`: why that was before the plan's last round, if it was."""
+
+    adapters: list[SavedAdapter]
+    attendance: Attendance
+    still: str | None
+
 
 _FIRST_SIGN = 0.5  # seconds; loading torch can keep the event loop from its first sign of life for seconds
 
@@ -42,7 +55,7 @@ async def take_part(
     waiting: Waiting,
     abandon: int | None = None,
     changed_data: bool = False,
-) -> list[SavedAdapter]:
+) -> Finished:
     """Join the run, stay until its last round, and save the best and the last adapter.
 
     `abandon` is a round that a person decided to give up. `changed_data`: with privacy, a person knows
@@ -82,6 +95,8 @@ async def take_part(
                     trainer = _trainer(config, contract, inputs)
                 else:
                     trainer = _private_trainer(config, contract, inputs, account, changed_data=changed_data)
+            if account is None:
+                check_records(contract, trainer.records)
             party = Party(identity, terms)
             weight = party.weight(trainer.records)
             masked = contract.plan.secure_aggregation.weights == "masked"
@@ -89,11 +104,14 @@ async def take_part(
             say(f"{identity.name}: {trainer.records} training records, weight {weight}{capped}")
             if account is not None:
                 say(f"{identity.name}: {account.told()}")
-            await Runner(party, trainer, link, journal, say, budget=account).run(abandon)
-            saved = await save_adapters(link, contract, terms, workdir)
+            runner = Runner(party, trainer, link, journal, say, budget=account)
+            await runner.run(abandon)
+            course = await fetch_course(link, terms)
+            saved = await save_adapters(link, course, contract, terms, workdir)
             if account is not None:
                 account.finish()
-            return saved
+            attendance = Attendance.of(course, journal.models(), terms, runner.missed)
+            return Finished(saved, attendance, terms.still(course.rounds) if course.still else None)
 
 
 def _check_disks(config: SiloConfig, *, private: bool) -> None:

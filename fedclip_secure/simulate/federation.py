@@ -28,8 +28,9 @@ class Trainer(Protocol):
         """The update (received.layout.size,)."""
 
 
-# What is told after each round: its number, each silo's model, and the seconds that the slowest silo trained.
-Watch = Callable[[int, Mapping[str, AdapterState], float], None]
+# What is told after each round: its number, each silo's model, and the seconds that the slowest silo trained; None
+# where the run had ended before, as nothing was left to learn.
+Watch = Callable[[int, Mapping[str, AdapterState], float | None], None]
 
 
 def terms_of(contract: Contract, silos: Sequence[str]) -> Terms:
@@ -61,7 +62,7 @@ def average(terms: Terms, number: int, received: AdapterState, vectors: Mapping[
     """The model after round `number`: masks cancel, so the sum of the `vectors` is all that they leave.
 
     Raises:
-        ProtocolError: the round moved nothing.
+        ProtocolError: the sum is out of bounds.
     """
     total = np.zeros(terms.vector.words, dtype=np.uint32)
     for words in vectors.values():
@@ -75,11 +76,15 @@ def run_federated(terms: Terms, trainers: Mapping[str, Trainer], start: AdapterS
     Raises:
         ModelError, ProtocolError: as `contribute` and `average`.
     """
-    model = start
+    model, ended = start, False
     for number in range(1, terms.training_rounds + 1):
+        if ended:
+            watch(number, dict.fromkeys(trainers, model), None)
+            continue
         given = {silo: contribute(terms, silo, trainer, model) for silo, trainer in trainers.items()}
-        model = average(terms, number, model, {silo: words for silo, (words, _) in given.items()})
+        before, model = model, average(terms, number, model, {silo: words for silo, (words, _) in given.items()})
         watch(number, dict.fromkeys(trainers, model), max(seconds for _, seconds in given.values()))
+        ended = terms.moved_nothing(number, before.digest, model.digest)
 
 
 def run_alone(rounds: int, trainers: Mapping[str, Trainer], start: AdapterState, watch: Watch) -> None:

@@ -101,9 +101,9 @@ class Bench:
         chosen = self.silos if name == POOL else [silo for silo in self.silos if silo.name == name]
         return joined([silo.splits[split] for silo in chosen])
 
-    def _watch(self, number: int, models: Mapping[str, AdapterState], seconds: float) -> None:
+    def _watch(self, number: int, models: Mapping[str, AdapterState], seconds: float | None) -> None:
         rounds = self.contract.plan.training.rounds
-        if number:
+        if number and seconds is not None:
             self.seconds.append(seconds)
         if number % self.experiment.every == 0 or number == rounds:
             self.points.append(self._point(number, models))

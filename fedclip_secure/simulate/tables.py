@@ -165,11 +165,15 @@ def failures(results: Results) -> list[str]:
     return [f"{name}: {reason} ({count} cell{'s' * (count > 1)})" for (name, reason), count in found.items()]
 
 
+def cells(results: Results) -> list[list[str]]:
+    """The table's heads, and its rows: a name, and numbers as people read them."""
+    columns, groups = _columns(results), groups_of(results)
+    return [[head for head, _ in columns], *([text(group) for _, text in columns] for group in groups)]
+
+
 def table(results: Results) -> list[str]:
     """The lines of the table in Markdown, its columns as wide as they need: as it stands, people can read it too."""
-    columns, groups = _columns(results), groups_of(results)
-    rows = [[head for head, _ in columns], *([text(group) for _, text in columns] for group in groups)]
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in cells(results)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return [_line(row, widths) for row in (rows[0], rule, *rows[1:])]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fedclip_secure.config.lock import Contract, ExternalEncoder, FederationLock, ImageEncoder, Parameter
+from fedclip_secure.config.needs import unmet
 from fedclip_secure.config.plan import ExternalModel, FederationPlan, PrivacyPlan
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.data.embeddings import read_text_features
@@ -20,7 +21,8 @@ from fedclip_secure.methods.base import Method
 from fedclip_secure.methods.registry import check_reads, find_method
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.privacy.accountant import noise_multiplier
-from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.planned import LARGEST_EPSILON, PlannedRun
+from fedclip_secure.privacy.rdp import least_noise
 from fedclip_secure.training.bounds import check_bounded, check_terms
 from fedclip_secure.training.dp import check_private
 from fedclip_secure.training.shared import read_shared
@@ -45,7 +47,7 @@ def prepare(plan: FederationPlan, home: Path) -> Prepared:
     """
     method = find_method(plan.method)
     check_reads(plan)
-    _check_schedule(plan, method)
+    check_needs(plan)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
         lock, task, encoder = _resolve(plan, home)
         torch.manual_seed(plan.training.seed)
@@ -87,25 +89,25 @@ def _resolve(plan: FederationPlan, home: Path) -> tuple[ImageEncoder | ExternalE
 
 
 def _noise_multiplier(privacy: PrivacyPlan, plan: FederationPlan, method: Method) -> float:
-    """The plan's own, or the one for its target over all rounds and retrains."""
+    """The plan's own, or the one for its target over all rounds and retrains: more where a larger ε has no claim."""
     check_private(method)
     if privacy.target_epsilon is None:
         assert privacy.noise_multiplier is not None  # noqa: S101 - one of the two is given
         return privacy.noise_multiplier
     steps = (plan.training.rounds + privacy.max_retrains) * privacy.steps_per_round * len(method.phases())
-    return noise_multiplier(privacy.target_epsilon, privacy.delta, privacy.sample_rate, steps)
+    sigma = noise_multiplier(privacy.target_epsilon, privacy.delta, privacy.sample_rate, steps)
+    return max(sigma, least_noise(LARGEST_EPSILON, privacy.delta, privacy.sample_rate, steps) or sigma)
 
 
-def _check_schedule(plan: FederationPlan, method: Method) -> None:
-    """A method that only adds records up gains nothing from a second sum, and would spend a second budget on it."""
-    once = plan.training.rounds == 1 and plan.training.optimizer.name == "sgd"
-    if plan.privacy is not None:
-        once = once and (plan.privacy.sample_rate, plan.privacy.steps_per_round) == (1.0, 1)
-    if method.spec.one_sum and not once:
-        raise ConfigError(
-            f"federation.yaml: {plan.method.name} adds each record up once: set `training.rounds: 1` and the optimizer "
-            "`sgd`, and with privacy `sample_rate: 1` and `steps_per_round: 1`"
-        )
+def check_needs(plan: FederationPlan) -> None:
+    """Refuse a plan in which the method lacks what it says that it needs.
+
+    Raises:
+        ConfigError: names each key, what it is, and what it must be.
+    """
+    if faults := unmet(plan):
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise ConfigError(f"federation.yaml: method {plan.method.name} does not go with the rest of the plan:{listed}")
 
 
 def _check_global(path: Path) -> None:

@@ -20,6 +20,7 @@ from fedclip_secure.data.listing import LeftOut, Listing, Reason
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.data.page import EACH_CLASS, render_page, thumbnail
 from fedclip_secure.data.report import JSON, LEFT_OUT, PAGE, DataReport, Seen, make_report
+from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.extract import INDEX_NAME, Extraction, ExtractOptions, extract
@@ -148,7 +149,7 @@ def _write(workdir: Path, silo: str, report: DataReport, seen: Seen, window: tup
     said = json.dumps(report.as_json(), indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
     listed = _as_csv(report.left_out)
     files = {workdir / LEFT_OUT: listed, workdir / JSON: said}
-    if all(path.is_file() and path.read_bytes() == data for path, data in files.items()) and (workdir / PAGE).is_file():
+    if all(_holds(path, data) for path, data in files.items()) and (workdir / PAGE).is_file():
         return
     by_class = _some_of_each(seen)
     shown = {path for paths in by_class.values() for path in paths}
@@ -157,6 +158,11 @@ def _write(workdir: Path, silo: str, report: DataReport, seen: Seen, window: tup
     page = render_page(report, silo, by_class, thumbnails)
     for path, data in {workdir / PAGE: page.encode("utf-8", "backslashreplace"), **files}.items():
         write_atomically(path, data, _MODE)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    with telling(path):
+        return path.is_file() and path.read_bytes() == data
 
 
 def _some_of_each(seen: Seen) -> dict[str, list[str]]:

@@ -326,6 +326,7 @@ class Silos:
     heard: dict[str, list[str]] = field(default_factory=dict)
     done_with: dict[str, int] = field(default_factory=dict)  # the last attempt that is over for each
     held: set[str] = field(default_factory=set)
+    trainer_of: Callable[[str, int], SteadyTrainer] = field(default=SteadyTrainer.of)
 
     def at_work(self, name: str, attempt: int) -> bool:
         """As `Site.at_work`."""
@@ -346,7 +347,7 @@ class Silos:
 
     async def _take_part(self, name: str, before: Before, runner: type[Runner]) -> None:
         site, identity = self.site, self.site.identities[name]
-        trainer = SteadyTrainer.of(name, site.terms.layout.size)
+        trainer = self.trainer_of(name, site.terms.layout.size)
         journal = Journal(identity.folder / "work", identity.epoch_path)
         waiting = lambda reason, _seconds: self.heard[name].append(reason)  # noqa: E731
 

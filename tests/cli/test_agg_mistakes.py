@@ -11,8 +11,11 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedclip_cli import agg, silo
 
+from fedclip_secure.aggregator.home import Home
+from fedclip_secure.aggregator.store import Member
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import FederationLock, write_lock
 from fedclip_secure.privacy.software import code_sha256, software
@@ -208,3 +211,23 @@ def test_message_cannot_steer_the_terminal(home: Path) -> None:
     (home / "federation.yaml").write_text('federation: "\\e[2Kevil"\n')
     output = refused("cannot be used", "status", "--dir", str(home))
     assert "\x1b[2K" not in output
+
+
+def test_freeze_refuses_a_silo_that_a_methods_options_forget(tmp_path: Path) -> None:
+    home = Home(tmp_path / "lung")
+    made = run("init", str(home.folder), "--name", "lung", "--hosts", "localhost", "--method", "fedapt")
+    assert made.exit_code == 0
+    write_lock(home.lock_path, check({**LOCK, "plan": home.plan().digest.hex()}, FederationLock, "lock"))
+    store = home.store()
+    for name in ("silo-a", "silo-b", "lab-x"):
+        key = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+        store.enrol(b"", b"", Member(name, b"", key, 2e9))
+    store.close()
+    said = refused("method.domains lists lab-x nowhere", "freeze", "--dir", str(home.folder))
+    assert "edit it, and run `fedclip-agg prepare` again" in said
+
+
+def test_init_lists_the_methods_where_it_knows_the_one_named_not(tmp_path: Path) -> None:
+    said = "--method clipfed: is unknown to this version; it has fedclip, linear_probe, private_prototypes"
+    refused(said, "init", str(tmp_path / "x"), "--name", "x", "--hosts", "localhost", "--method", "clipfed")
+    assert not (tmp_path / "x").exists()

@@ -228,6 +228,24 @@ def _no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
+def test_accept_without_a_terminal_says_what_to_do(site: Site) -> None:
+    said = site.frozen().refused("standard input is no terminal", "accept")
+    assert "run it in one, or add --yes once you have compared the fingerprints with the coordinator's" in said
+    assert "Aborted" not in said
+    assert "sha256:" not in site.config("silo-a").read_text()
+
+
+def test_accept_takes_no_coordinators_word_that_a_plan_can_be_trained(site: Site) -> None:
+    home = Home(Path(site.home))
+    home.plan_path.write_text(home.plan_path.read_text().replace('name: "fedclip"', "name: discriminant"))
+    _prepare(home)
+    said = site.frozen().refused("method discriminant does not go with the rest of it:", "accept", "--yes")
+    assert "training.rounds is 50, and must be 1: each record is added up once" in said
+    assert "secure_aggregation.coordinate_clip is 0.1, and must be at least 1" in said
+    assert "tell the coordinator, who needs a new federation" in said
+    assert "sha256:" not in site.config("silo-a").read_text()
+
+
 def test_commands_out_of_order_say_what_to_run_first(site: Site) -> None:
     for command in ("accept", "extract", "train", "evaluate"):
         site.refused("silo.yaml: is missing; `fedclip-silo enroll`", command)

@@ -39,7 +39,7 @@ from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo import runner
 from fedclip_secure.silo.journal import Journal
 from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.outcome import save_adapters
+from fedclip_secure.silo.outcome import fetch_course, save_adapters
 from fedclip_secure.silo.party import Party
 from fedclip_secure.silo.runner import Runner
 from fedclip_secure.transport.client import Client, Patience
@@ -252,7 +252,7 @@ async def run_silo(folder: Path) -> None:
             terms = Terms.of(offer.contract, offer.roster)
             party, trainer = Party(identity, terms), MoodyTrainer(terms.layout.size)
             await Runner(party, trainer, link, journal, _say).run()
-            await save_adapters(link, offer.contract, terms, folder / "work")
+            await save_adapters(link, await fetch_course(link, terms), offer.contract, terms, folder / "work")
     finally:
         journal.close()
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,14 @@ from safetensors.numpy import load_file
 
 from fedclip_secure.aggregator.home import freeze, init_home
 from fedclip_secure.config.lock import write_lock
+from fedclip_secure.config.recipes import RECIPES
 from fedclip_secure.config.silo import FolderData, Policy, SiloConfig
 from fedclip_secure.data.drawings import draw
 from fedclip_secure.data.looks import render
 from fedclip_secure.data.synthetic import LABS
 from fedclip_secure.demo.settings import METHOD_NAMES, method_block, settings_of
 from fedclip_secure.files import write_atomically
+from fedclip_secure.methods.registry import METHODS
 from fedclip_secure.silo.outcome import adapter_folder
 from fedclip_secure.silo.pins import Accepted
 from fedclip_secure.silo.train import take_part
@@ -36,6 +39,8 @@ SHORT = {
     "fedclip", "linear_probe", "fedtune:text_context", "fedtune:adapter", "fedtune:visual_bias", "fedapt", "feddat",
     "feddat:blocks",
 }  # fmt: skip
+
+QUICK = {"fedclip", "private_prototypes", "discriminant", "fedapt"}
 
 
 class StoppedOnPurposeError(Exception):
@@ -67,17 +72,8 @@ class Silos:
     @classmethod
     def with_method(cls, method: str, folder: Path, images: Path, tower: Path) -> Silos:
         """The demo's settings for `method`, on the random tower."""
-        port, settings = free_port(), settings_of(method)
-        home = init_home(folder / "home", "lung-xray", ["127.0.0.1"], port)
-        for name in ("tower.json", "tower.safetensors"):
-            (home.folder / name).symlink_to(tower / name)
-        plan = {
-            "federation": "lung-xray",
-            "server": f"https://127.0.0.1:{port}",
-            "model": {"name": "tower", "pretrained": "tower.safetensors", "config": "tower.json"},
-            "classes": CLASSES,
-            "templates": ["a micrograph of {}"],
-            "splits": {"train": 0.6, "validation": 0.2, "test": 0.2},
+        settings = settings_of(method)
+        changes = {
             "method": method_block(method, SILOS),
             "training": {
                 "rounds": min(2, settings.rounds),
@@ -85,8 +81,31 @@ class Silos:
                 "optimizer": dict(settings.optimizer),
             },
             "secure_aggregation": {"coordinate_clip": settings.coordinate_clip, "weights": settings.weights},
+        }
+        return cls._of(folder, images, tower, "fedclip", changes)
+
+    @classmethod
+    def as_init_writes_it(cls, method: str, folder: Path, images: Path, tower: Path) -> Silos:
+        """The plan that `init` writes for `method`, of two rounds at most, on the random tower."""
+        rounds = min(2, RECIPES[method].rounds)
+        named = {"method": method_block(method, SILOS)} if method == "fedapt" else {}
+        return cls._of(folder, images, tower, method, {"training": {"rounds": rounds}, **named})
+
+    @classmethod
+    def _of(cls, folder: Path, images: Path, tower: Path, method: str, changes: dict[str, Any]) -> Silos:
+        """`init` for `method`, then `changes` in the plan's blocks, `prepare`, enrolment and freeze."""
+        port = free_port()
+        home = init_home(folder / "home", "lung-xray", ["127.0.0.1"], port, method)
+        for name in ("tower.json", "tower.safetensors"):
+            (home.folder / name).symlink_to(tower / name)
+        plan = home.plan().model_dump(mode="json")
+        plan |= {
+            "model": {"name": "tower", "pretrained": "tower.safetensors", "config": "tower.json"},
+            "classes": CLASSES,
+            "templates": ["a micrograph of {}"],
             "deadlines": dict.fromkeys(("join", "share", "upload", "agree", "unmask"), int(BOUND)),
         }
+        plan |= {key: block if key == "method" else {**plan[key], **block} for key, block in changes.items()}
         home.plan_path.write_text(yaml.safe_dump(plan, sort_keys=False))
         prepared = prepare(home.plan(), home.folder)
         write_atomically(home.initial_path, prepared.initial_file)
@@ -132,7 +151,20 @@ class Silos:
 def test_every_round_of_a_method_makes_a_new_model_which_all_silos_agree_on(
     method: str, tmp_path: Path, images: Path, random_tower: Path
 ) -> None:
-    silos = Silos.with_method(method, tmp_path, images, random_tower)
+    trained(Silos.with_method(method, tmp_path, images, random_tower))
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
+)
+def test_the_plan_that_init_writes_for_a_method_trains(
+    method: str, tmp_path: Path, images: Path, random_tower: Path
+) -> None:
+    trained(Silos.as_init_writes_it(method, tmp_path, images, random_tower))
+
+
+def trained(silos: Silos) -> None:
+    """Run the federation to its end, and look at what came of it."""
 
     async def main() -> None:
         async with silos.site.serving(), asyncio.timeout(BOUND):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -288,10 +289,14 @@ def test_a_target_that_any_noise_reaches_gets_the_least_there_is() -> None:
 
 @pytest.mark.parametrize("target", [1e-6, 0.0, -1.0, math.nan, math.inf])
 def test_target_below_what_can_be_shown_is_refused_with_the_remedy(target: float) -> None:
-    with pytest.raises(ConfigError, match=r"target_epsilon .* cannot be reached.* at least 0.0001"):
+    with pytest.raises(ConfigError, match=r"target_epsilon .* cannot be reached.* from 0.0001 on"):
         noise_multiplier(target, DELTA, 0.1, 100)
 
 
 def test_target_that_no_noise_reaches_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match="raise it, or lower steps or sample_rate"):
+    said = r"with the largest noise_multiplier, 10000, epsilon is (\S+)\. Set a target_epsilon of at least that"
+    with pytest.raises(ConfigError, match=said) as refused:
         noise_multiplier(0.001, DELTA, 1.0, 1_000_000)
+    found = re.search(said, str(refused.value))
+    assert found is not None
+    assert 9000 < noise_multiplier(float(found[1]), DELTA, 1.0, 1_000_000) <= 10_000

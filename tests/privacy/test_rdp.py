@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.rdp import rdp, to_epsilon
+from fedclip_secure.privacy.rdp import least_noise, rdp, rdp_epsilon, to_epsilon
 
 DELTA = 1e-5
 
@@ -48,3 +48,15 @@ def test_rdp_of_anything_is_above_zero_and_adds_up(sigma: float, rate: float, st
 def test_order_without_a_finite_sum_is_refused(order: int) -> None:
     with pytest.raises(ConfigError, match="whole order of at least 2"):
         rdp([Event(1.0, 0.1, 1)], order)
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(1.0, 1), (0.05, 500), (1e-6, 1), (1.0, 1_000_000)])
+def test_the_least_noise_is_enough_and_a_little_less_is_not(rate: float, steps: int) -> None:
+    least = least_noise(1000.0, 1e-5, rate, steps)
+    assert least is not None
+    assert rdp_epsilon([Event(least, rate, steps)], 1e-5) <= 1000
+    assert rdp_epsilon([Event(least - 1e-4, rate, steps)], 1e-5) > 1000
+
+
+def test_where_no_noise_is_enough_there_is_no_least() -> None:
+    assert least_noise(1e-3, 1e-5, 1.0, 1_000_000) is None

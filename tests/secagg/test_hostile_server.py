@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedclip_secure.secagg.messages import (
     decode_body,
     open_message,
 )
+from fedclip_secure.secagg.opening import Position, check_opening
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession, Stage
 from tests.fakes import Attempt, Federation
 from tests.secagg.lies import (
@@ -581,9 +583,14 @@ def test_an_upload_is_sealed_to_the_key_of_the_opening() -> None:
     assert code(lambda: list(attempt.server.open_upload(PEER).feed(sealed))) == "seal"
 
 
-def test_a_training_round_that_moves_nothing_is_an_error_and_not_a_second_round_over_one_model() -> None:
+@pytest.mark.parametrize("position", [Position(), Position(1, 1, None)], ids=["a late silo", "who was in it"])
+def test_after_a_training_round_that_moves_nothing_no_silo_joins_another_over_the_model(position: Position) -> None:
     federation = Federation(5)
     still = np.zeros(federation.parameters, dtype=np.uint32)
-    with pytest.raises(ProtocolError, match="lr is too small") as refused:
-        federation.attempt(records={name: federation.record(update=still) for name in federation.silos}).run()
-    assert refused.value.code == "unmoved"
+    attempt = federation.attempt(records={name: federation.record(update=still) for name in federation.silos})
+    assert attempt.run().model.digest == federation.model.digest
+    again, _ = federation.opening(round_number=2, attempt=2)
+    at = replace(position, model=federation.model.digest if position.round else None)
+    with pytest.raises(ProtocolError, match="round 1 changed no parameter") as refused:
+        check_opening(federation.terms, at, again, attempt.wires("results"))
+    assert refused.value.code == "chain"

@@ -11,6 +11,7 @@ import pytest
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.secagg.keys import pair_commitment
 from fedclip_secure.secagg.messages import SumProof, SurvivorPairs, vector_hash
+from fedclip_secure.secagg.opening import Position, check_opening
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.unmasking import Revealed, masks_left, unmask_sum
 from tests.fakes import Attempt, Federation
@@ -286,13 +287,16 @@ def test_a_weight_forged_to_shift_the_mean_is_found_by_verify_sum() -> None:
     assert refused.value.code == "sum"
 
 
-def test_a_sum_that_moves_nothing_is_not_signed() -> None:
-    # The next round would be a second one over the same model.
+def test_a_forged_sum_that_moves_nothing_ends_the_run_and_opens_no_second_round_over_the_model() -> None:
     attempt = unmasked()
     attempt.total[:-3] = 0
-    with pytest.raises(ProtocolError) as refused:
-        attempt.sessions[ME].result(attempt.total, attempt.federation.model)
-    assert refused.value.code == "unmoved"
+    federation = attempt.federation
+    attempt.server.compute_result(attempt.total, federation.model)
+    signed = [session.result(attempt.total, federation.model)[0] for session in attempt.sessions.values()]
+    again, _ = federation.opening(round_number=2, attempt=2)
+    with pytest.raises(ProtocolError, match="round 1 changed no parameter") as refused:
+        check_opening(federation.terms, Position(1, 1, federation.model.digest), again, signed)
+    assert refused.value.code == "chain"
 
 
 def test_a_closing_round_that_moves_the_model_by_one_unit_is_not_signed() -> None:

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from fedclip_secure.errors import ModelError, ProtocolError
+from fedclip_secure.errors import ModelError
 from fedclip_secure.model.state import AdapterState, Floats
 from fedclip_secure.secagg.outcome import compute_outcome
 from fedclip_secure.secagg.ring import Words
@@ -45,12 +45,23 @@ def test_one_coordinate_that_moves_in_the_first_or_last_chunk_is_a_move() -> Non
         assert np.flatnonzero(outcome.model.vector != federation.model.vector).tolist() == [where]
 
 
-def test_a_round_that_moves_nothing_is_refused_however_long_the_model() -> None:
-    federation = Federation(3, parameters=2 * CHUNK + 1)
-    still = sum_of(federation, np.zeros(2 * CHUNK + 1, dtype=np.int64))
-    with pytest.raises(ProtocolError) as refused:
-        compute_outcome(federation.terms, 1, federation.model, still, federation.silos)
-    assert refused.value.code == "unmoved"
+@pytest.mark.parametrize("integer", [0, 1], ids=["zero", "too small for float32"])
+def test_a_round_that_moves_nothing_leaves_the_model_however_long_it_is(integer: int) -> None:
+    size = 2 * CHUNK + 1
+    federation = Federation(3, parameters=size)
+    old = AdapterState(federation.model.layout, np.full(size, 0.5, dtype=np.float32))
+    still = sum_of(federation, np.full(size, integer, dtype=np.int64))
+    outcome = compute_outcome(federation.terms, 1, old, still, federation.silos)
+    assert outcome.model.digest == old.digest
+    assert federation.terms.moved_nothing(1, old.digest, outcome.model.digest)
+    assert federation.terms.ends_with(1, old.digest, outcome.model.digest)
+
+
+def test_a_zero_keeps_its_sign_where_nothing_moves() -> None:
+    federation = Federation(3)
+    old = AdapterState(federation.model.layout, np.full(8, -0.0, dtype=np.float32))
+    outcome = compute_outcome(federation.terms, 1, old, sum_of(federation, np.zeros(8, np.int64)), federation.silos)
+    assert outcome.model.digest == old.digest
 
 
 @pytest.mark.parametrize("parameters", [CHUNK - 1, CHUNK + 1])

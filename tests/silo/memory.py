@@ -84,6 +84,7 @@ class Hub:
     results: dict[int, list[bytes]] = field(default_factory=dict)
     round: int = 0
     attempt: int = 0
+    ends: bool = False  # whether no round follows this one, once its sum is known
     finished: bool = False
     sum_of: Words | None = None  # of the last finished round
     answer: OpeningAnswer | None = None  # in place of an honest one
@@ -122,11 +123,12 @@ class Hub:
             self.asked[self.round].add(tuple(session.uploads))
         if session.phase is Phase.RESULT:
             self.total = session.unmask_sum(self.vectors[name] for name in session.uploads)
-            self.model = session.compute_result(self.total, self.model).model
+            before, self.model = self.model, session.compute_result(self.total, self.model).model
+            self.ends = self.federation.terms.ends_with(self.round, before.digest, self.model.digest)
             self.models[self.model.digest] = self.model
         if session.phase > Phase.RESULT:  # `is` would be taken for impossible: close() moves on unseen
             self.results[self.round] = [session.results[name].wire for name in sorted(session.results)]
-            self.finished = self.round == self.federation.terms.rounds
+            self.finished = self.ends
             self.sum_of = self.total
             self.gone.clear()
             if not self.finished:

@@ -12,11 +12,12 @@ from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import Contract, FederationLock
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.errors import ConfigError, DataError, ModelError, ProtocolError
+from fedclip_secure.model.points import ModelPoint, best_of
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.messages import Result, sign_message
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.outcome import ModelPoint, best_of, fetch_points, load_adapter, save_adapters
+from fedclip_secure.silo.outcome import Course, fetch_course, load_adapter, read_models, save_adapters
 from tests.config.test_lock import LOCK
 from tests.config.test_plan import PLAN
 from tests.fakes import Federation
@@ -62,8 +63,16 @@ class Archive:
     def terms(self) -> Terms:
         return replace(self.federation.terms, training_rounds=2)
 
-    def points(self, terms: Terms | None = None) -> list[ModelPoint]:
-        return asyncio.run(fetch_points(cast(Link, self), terms or self.terms))
+    def course(self, terms: Terms | None = None) -> Course:
+        return asyncio.run(fetch_course(cast(Link, self), terms or self.terms))
+
+    def points(self, terms: Terms | None = None) -> tuple[ModelPoint, ...]:
+        return self.course(terms).points
+
+    def ended_after(self, number: int) -> None:
+        """As if training round `number` had changed nothing; what a server made up after it lies there too."""
+        self.models[number:] = [self.models[number - 1]] * (4 - number)
+        self.lists = {each: self.sign(each, self.federation.silos) for each in self.lists}
 
 
 @pytest.fixture
@@ -79,8 +88,44 @@ def test_points_follow_the_models_with_their_validation_counts(archive: Archive)
 
 
 def test_without_a_closing_round_the_last_model_has_no_counts(archive: Archive) -> None:
+    first = archive.federation.model
+    archive.models[3] = AdapterState(first.layout, first.vector + 3)
+    archive.lists[3] = archive.sign(3, archive.federation.silos)
     points = archive.points(replace(archive.terms, training_rounds=3))
     assert (points[-1].round, points[-1].correct, points[-1].total) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_training_round_that_changed_nothing_is_the_last_and_its_counts_are_the_last_models(
+    archive: Archive, number: int
+) -> None:
+    archive.ended_after(number)
+    course = archive.course()
+    assert course.still
+    assert course.rounds == number
+    assert [point.round for point in course.points] == list(range(number + 1))
+    last, before = course.points[-1], course.points[-2]
+    assert last.model == before.model == archive.models[number - 1].digest
+    assert (last.correct, last.total) == (before.correct, before.total) == archive.counts[number - 1]
+
+
+def test_a_closing_round_that_leaves_the_model_as_it_is_ends_the_run_as_planned(archive: Archive) -> None:
+    assert not archive.course().still
+    assert archive.course().rounds == 2
+
+
+def test_a_run_that_the_server_calls_finished_too_early_is_none(archive: Archive) -> None:
+    archive.lists[2] = archive.lists[3] = []
+    with pytest.raises(ProtocolError, match="0 silos vouch") as caught:
+        archive.course()
+    assert caught.value.code == "chain"
+
+
+def test_adapters_of_a_run_that_ended_early_say_after_which_round(archive: Archive, tmp_path: Path) -> None:
+    archive.ended_after(2)
+    saved = asyncio.run(save_adapters(cast(Link, archive), archive.course(), _contract(), archive.terms, tmp_path))
+    assert [(each.kind, each.card["after_round"]) for each in saved] == [("best", 2), ("last", 2)]
+    assert sorted(read_models(tmp_path / "adapters", _contract())) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +205,7 @@ def _contract() -> Contract:
 
 
 def test_best_and_last_are_saved_with_cards_and_load_again(archive: Archive, tmp_path: Path) -> None:
-    saved = asyncio.run(save_adapters(cast(Link, archive), _contract(), archive.terms, tmp_path))
+    saved = asyncio.run(save_adapters(cast(Link, archive), archive.course(), _contract(), archive.terms, tmp_path))
     assert [(each.kind, each.card["after_round"]) for each in saved] == [("best", 1), ("last", 2)]
     for each, model in zip(saved, (archive.models[1], archive.models[2]), strict=True):
         assert load_adapter(each.path, archive.terms).digest == model.digest

@@ -151,7 +151,7 @@ def test_documents_that_are_not_the_pinned_ones_are_refused(tmp_path: Path) -> N
     save_accepted(path, config, _offer(), None)
     for name, other in (("contract.cbor", contract(plan_with("training.rounds", 7)).encode()),):
         Path(config.workdir, name).write_bytes(other)
-    with pytest.raises(TrustError, match=r"(?s)holds another contract or roster than silo.yaml pins.*`fedclip-silo"):
+    with pytest.raises(TrustError, match=r"(?s)holds another plan or roster than silo.yaml pins.*`fedclip-silo"):
         load_accepted(read_silo(path))
 
 

@@ -71,8 +71,24 @@ def test_updates_beyond_the_clip_end_a_cell_and_are_cut_where_privacy_was_paid_f
     assert np.abs(words[:PARAMETERS].view(np.int32) - 10 * grid.bound / grid.max_weight).max() <= 1
 
 
-def test_a_round_that_moves_nothing_is_refused_as_in_a_real_federation() -> None:
-    federation = Federation(3, parameters=PARAMETERS)
-    still = {name: Fixed(np.zeros(PARAMETERS), 10) for name in federation.silos}
-    with pytest.raises(ProtocolError, match="moved no parameter"):
-        run_federated(federation.terms, still, federation.model, lambda *_: None)
+def test_after_a_round_that_moves_nothing_nobody_trains_and_the_model_stays_for_the_rounds_that_were_planned() -> None:
+    federation, asked, seen = (
+        Federation(3, parameters=PARAMETERS, rounds=4),
+        list[bytes](),
+        list[tuple[int, str, bool]](),
+    )
+
+    @dataclass
+    class Sated(Fixed):
+        def train(self, received: AdapterState) -> npt.NDArray[np.float64]:
+            asked.append(received.digest)
+            return self.update if received.digest == federation.model.digest else np.zeros(PARAMETERS)
+
+    trainers = {name: Sated(np.full(PARAMETERS, 0.05), 10) for name in federation.silos}
+    run_federated(
+        federation.terms, trainers, federation.model,
+        lambda number, models, seconds: seen.append((number, models["silo-000"].digest.hex(), seconds is not None)),
+    )  # fmt: skip
+    assert len(asked) == 2 * 3
+    assert [(number, trained) for number, _, trained in seen] == [(1, True), (2, True), (3, False), (4, False)]
+    assert len({digest for _, digest, _ in seen}) == 1

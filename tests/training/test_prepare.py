@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from fedclip_secure.features.progress import Progress
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.privacy.accountant import epsilon
 from fedclip_secure.privacy.events import Event
+from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.rdp import rdp_epsilon
 from fedclip_secure.training.evaluate import evaluate
 from fedclip_secure.training.inputs import Inputs, load_inputs
 from fedclip_secure.training.local import LocalTrainer
@@ -230,7 +233,7 @@ def test_a_target_becomes_the_least_noise_for_all_rounds_and_retrains_together(
 
 
 def test_a_loss_that_couples_records_is_refused_with_privacy(tower_plan: FederationPlan, home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`inbatch`\) couples the records of a batch"):
+    with pytest.raises(ConfigError, match=r"method\.loss is inbatch, and must be cross_entropy: `inbatch` couples"):
         prepare(private(tower_plan, method={"name": "fedclip", "loss": "inbatch"}), home)
 
 
@@ -266,6 +269,27 @@ def test_scale_that_no_clip_has_is_refused_with_privacy(external: FederationPlan
         prepare(private(external), home)
 
 
+@pytest.mark.parametrize("target", [700.0, 1000.0])
+def test_a_target_that_nothing_can_be_claimed_for_gets_the_noise_of_the_largest_claim(
+    tower_plan: FederationPlan, home: Path, target: float
+) -> None:
+    plan = private(tower_plan, target_epsilon=target)
+    lock = prepare(plan, home).lock
+    planned = PlannedRun.of(Contract(plan, lock))
+    assert planned is not None
+    assert planned.epsilon() < target
+    assert 999 < rdp_epsilon([planned.total], planned.delta) <= 1000
+
+
+def test_noise_that_allows_no_claim_is_refused_with_the_least_that_does(tower_plan: FederationPlan, home: Path) -> None:
+    said = r"privacy: with noise_multiplier 0\.05 epsilon over 25 step\(s\).* to at least (\d\.\d+)"
+    with pytest.raises(ConfigError, match=said) as refused:
+        prepare(private(tower_plan, noise_multiplier=0.05), home)
+    found = re.search(said, str(refused.value))
+    assert found is not None
+    assert prepare(private(tower_plan, noise_multiplier=float(found[1])), home).lock.noise_multiplier == float(found[1])
+
+
 ONCE = {"rounds": 1, "optimizer": {"name": "sgd", "lr": 1.0}}
 
 
@@ -284,7 +308,9 @@ def test_prototypes_are_added_up_once(
 ) -> None:
     given = {"noise_multiplier": 2.0, **privacy}
     plan = private(tower_plan, method={"name": "private_prototypes"}, training=training, **given)
-    with pytest.raises(ConfigError, match=r"private_prototypes adds each record up once: set `training\.rounds: 1`"):
+    with pytest.raises(
+        ConfigError, match=r"private_prototypes does not go .*\n  (training|privacy)\..* is .*, and must"
+    ):
         prepare(plan, home)
 
 
