@@ -10,6 +10,7 @@ from fedclip_secure.disk import is_damage, refused
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.pki.epoch import Epoch
 
+_HOW_IT_STANDS = "run `fedclip-silo recover`, which says how it stands"
 _PATIENCE = 10  # seconds; `train` holds the database for the length of one write
 
 
@@ -35,10 +36,8 @@ def read_receipts(workdir: Path, epoch: Path, roster: bytes) -> tuple[bytes, ...
             receipts = tuple(wire for (wire,) in sql.execute(query, (roster,)))
     except (sqlite3.Error, TypeError) as error:
         if isinstance(error, sqlite3.Error) and not is_damage(error):
-            raise DataError(refused(error, path)) from error
-        raise DataError(
-            f"{path}: its receipts cannot be read ({error}); run `fedclip-silo recover`, which says how it stands"
-        ) from error
+            raise DataError(refused(error, path, otherwise=_HOW_IT_STANDS)) from error
+        raise DataError(f"{path}: its receipts cannot be read ({error}); {_HOW_IT_STANDS}") from error
     if kept.number > number or (kept.number and kept.journal != journal):
         raise TrustError(
             f"{path}: does not match {epoch}: one of the two was restored from a backup, or lost, and receipts may be "
