@@ -151,6 +151,10 @@ def _images(disk: Disk) -> Path:
     return disk.file("images/a/1.png").parent.parent
 
 
+def _shards(disk: Disk) -> Path:
+    return disk.file("closed/00/x.safetensors").parent
+
+
 def _identity(name: str) -> Callable[[Disk], Path]:
     return lambda disk: disk.silo.folder / name
 
@@ -282,6 +286,12 @@ READS = [
     Place("folder of classes", "data/folder.py", _images, lambda _, path: read_folder(path, ["a"])),
     Place("folder of images", "data/walk.py", _images, lambda _, path: walk.walk(path)),
     Place("image", "data/image.py", _file("1.png"), lambda _, path: load_image(path, None)),
+    Place(
+        "folder of features",
+        "features/cache.py",
+        _shards,
+        lambda _, path: FeatureCache(path.parent, b"\0", (2,)),
+    ),
     Place("patient of DICOM", "data/dicom.py", _file("1.dcm"), lambda _, path: patient_of(path)),
     Place("data report", "training/silo_data.py", _file("data-report.json"), lambda _, path: _holds(path, b"")),
     Place("image without a suffix", "data/image.py", _file("IM0001"), lambda _, path: is_image(str(path))),

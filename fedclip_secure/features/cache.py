@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedclip_secure.data.dataset import Floats, empty_rows
-from fedclip_secure.disk import refused
+from fedclip_secure.disk import refused, telling
 from fedclip_secure.errors import DataError
 from fedclip_secure.files import write_atomically
 
@@ -42,8 +42,11 @@ class FeatureCache:
         self._shards: list[Path] = []
         self._places: dict[bytes, tuple[int, int]] = {}  # key: number of its shard, row there
         self.damaged: list[Path] = []
-        for path in sorted(self._folder.glob("*.safetensors")):
-            self._open(path)
+        with telling(self._folder):  # a folder that may not be listed is no empty one
+            shards = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
+        for path in shards:
+            if path.suffix == ".safetensors":
+                self._open(path)
 
     def __len__(self) -> int:
         return len(self._places)
