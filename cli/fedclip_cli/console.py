@@ -232,9 +232,11 @@ def showing_logs(*, verbose: bool) -> Iterator[None]:
     """Without a handler of ours the first library that logs would install one, which names modules."""
     handler = _Logged(verbose=verbose)
     logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)  # Pillow's of broken EXIF, say: told as other libraries' warnings are
     try:
         yield
     finally:
+        logging.captureWarnings(False)
         logging.getLogger().removeHandler(handler)
 
 

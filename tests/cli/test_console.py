@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -151,6 +152,14 @@ def test_other_libraries_are_heard_only_where_somebody_asks(
         logging.getLogger("elsewhere").warning("a hint of theirs")
         logging.getLogger("fedclip_secure.data.folder").info("nothing for a person")
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.filterwarnings("always")
+def test_python_warnings_are_told_as_other_libraries_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbose in (False, True):
+        with showing_logs(verbose=verbose):
+            warnings.warn("a tag had too many entries", UserWarning, stacklevel=1)
+        assert ("a tag had too many entries" in capsys.readouterr().err) is verbose
 
 
 def test_errors_of_other_libraries_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
