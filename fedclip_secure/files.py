@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +75,19 @@ def write_output(path: Path, data: bytes) -> None:
         target.write_bytes(data)
     except OSError as error:
         raise DataError(refused(error, path, "be written", "choose another file")) from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read. What is no regular one is refused: to open a pipe would wait for its writer.
+
+    Raises:
+        OSError: it cannot be opened, or it is a pipe, a device or a folder.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
 
 
 def sync_folder(folder: Path) -> None:

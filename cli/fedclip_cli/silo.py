@@ -33,7 +33,15 @@ from fedclip_cli.evaluation import Measured, evaluation_json, print_evaluation
 from fedclip_cli.owner import check_owner, settings
 from fedclip_secure.config.lock import ExternalEncoder
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.config.silo import Precision, SiloConfig, check_given, first_silo, for_extraction, write_silo
+from fedclip_secure.config.silo import (
+    EmbeddingsData,
+    Precision,
+    SiloConfig,
+    check_given,
+    first_silo,
+    for_extraction,
+    write_silo,
+)
 from fedclip_secure.disk import check_disk
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_output
@@ -156,7 +164,7 @@ def extract(path: Path, precision: Precision | None, strict: bool, verify: bool,
     if as_json:
         click.echo(json.dumps(inputs.report.as_json()))
         return
-    print_data(inputs.report, Path(config.workdir))
+    print_data(inputs.report, None if isinstance(config.data, EmbeddingsData) else Path(config.workdir))
     if wanted.precision != config.precision:
         out.print(f"to train on them set `precision: {wanted.precision}` in {path}", markup=False)
 

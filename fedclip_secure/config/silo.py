@@ -20,6 +20,8 @@ Precision = Literal["fp32", "bf16", "fp16"]  # of the encoder; changes the featu
 
 
 def _named(value: object) -> object:
+    if value is None:
+        return {}
     if value in ("dicom", "none"):
         return {"dicom": value == "dicom"}
     return {"file": value} if isinstance(value, str) else value
@@ -181,7 +183,7 @@ def _absolute(home: Path, path: str) -> str:
             f"silo.yaml: {path!r} is a path of Windows, and this is none; say where the folder is mounted here "
             "(in WSL, drive C: is /mnt/c)"
         )
-    return os.path.normpath(home / Path(path).expanduser())  # without `..`: it will stand in messages
+    return os.path.normpath(home / os.path.expanduser(path))  # noqa: PTH111 - never raises; without `..`, for messages
 
 
 def for_extraction(config: SiloConfig, precision: Precision | None, strict: bool) -> SiloConfig:

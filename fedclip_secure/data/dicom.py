@@ -20,6 +20,7 @@ from fedclip_secure.data.walk import looked_at
 from fedclip_secure.data.window import to_grey
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.extras import install_command, lacking
+from fedclip_secure.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,10 +100,10 @@ def patient_of(path: Path) -> str:
     """
 
     def parsed() -> str:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             try:
                 return str(_parse(file, path, ("PatientID",)).get("PatientID") or "").strip()
-            except (ConfigError, OSError):
+            except (ConfigError, OSError, MemoryError):
                 raise
             except Exception:  # pydicom raises whatever a broken file makes it raise
                 return ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 TINY = 32  # pixels of the shorter side: an icon or a thumbnail of a thumbnail, and no picture of anything
-CLIPPED = 0.9  # share of pixels beyond one end of the window; air around a patient is below that
+CLIPPED = 0.9  # share of pixels beyond the ends of the window; air around a patient is below that
 ONE_COLOUR = 4  # levels of 255 between the darkest and the brightest pixels, but for
 _STRAY = 0.005  # so many at either end: a marker or a dead pixel is no picture
 
@@ -30,8 +30,8 @@ class ImageFacts:
 
     @property
     def clipped(self) -> bool:
-        """Lies almost wholly beyond one end of the window."""
-        return max(self.below, self.above) >= CLIPPED
+        """Lies almost wholly beyond the ends of the window."""
+        return self.below + self.above >= CLIPPED
 
     @property
     def one_coloured(self) -> bool:

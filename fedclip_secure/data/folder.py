@@ -25,7 +25,7 @@ def read_folder(root: Path, classes: Sequence[str], absent_classes: Sequence[str
             unknown to the plan; files lie beside the class folders.
     """
     found = Listing()
-    folders = _class_folders(root, found)
+    folders = _class_folders(root, classes, found)
     _check_names(root, set(folders), classes, absent_classes)
     for label, name in enumerate(classes):
         folder = folders.get(composed(name))
@@ -34,15 +34,16 @@ def read_folder(root: Path, classes: Sequence[str], absent_classes: Sequence[str
     return found
 
 
-def _class_folders(root: Path, listing: Listing) -> dict[str, Path]:
-    """By the name of the class."""
+def _class_folders(root: Path, classes: Sequence[str], listing: Listing) -> dict[str, Path]:
+    """By the name of the class, which may be one that a system uses too: `recycled`."""
+    known = set(map(composed, classes))
     try:
         entries = looked_at(lambda: sorted(root.iterdir()), root)
     except DataError as error:
         raise DataError(f"{error}: `data.path` in silo.yaml") from error
-    mine = [entry for entry in entries if not is_housekeeping(entry.name)]
-    listing.left_out += [LeftOut(str(entry), Reason.PASSED_OVER) for entry in entries if is_housekeeping(entry.name)]
-    strays = [entry.name for entry in mine if not entry.is_dir()]
+    mine = [entry for entry in entries if composed(entry.name) in known or not is_housekeeping(entry.name)]
+    listing.left_out += [LeftOut(str(entry), Reason.PASSED_OVER) for entry in entries if entry not in mine]
+    strays = [entry.name for entry in mine if not looked_at(entry.is_dir, entry)]
     if strays:
         raise DataError(
             f"{root}: {len(strays)} file(s) lie beside the class folders ({some(strays)}); "
@@ -82,7 +83,12 @@ def images_in(folder: Path) -> tuple[list[str], list[LeftOut]]:
     found = walk(folder)
     images = [path for path in found.files if is_image(path)]
     others = sorted(set(found.files).difference(images))
-    why = ((Reason.NO_IMAGE, others), (Reason.PASSED_OVER, found.passed_over), (Reason.DANGLING, found.dangling))
+    why = (
+        (Reason.NO_IMAGE, others),
+        (Reason.PASSED_OVER, found.passed_over),
+        (Reason.DANGLING, found.dangling),
+        (Reason.SPECIAL, found.special),
+    )
     return images, [LeftOut(path, reason) for reason, paths in why for path in paths]
 
 

@@ -16,6 +16,7 @@ from fedclip_secure.data.room import DECODING
 from fedclip_secure.data.walk import looked_at
 from fedclip_secure.data.window import to_grey
 from fedclip_secure.errors import ConfigError, DataError
+from fedclip_secure.files import open_regular
 
 _ORIENTATION = 0x0112  # in EXIF
 _UPRIGHT = {  # by orientation: what turns such an image upright (EXIF 2.32, 4.6.4)
@@ -28,7 +29,7 @@ _UPRIGHT = {  # by orientation: what turns such an image upright (EXIF 2.32, 4.6
     8: Image.Transpose.ROTATE_90,
 }
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits per pixel
-_BYTES = {True: 24, False: 8}  # of a pixel while it is decoded: deep grey goes through float64
+_DEEP_BYTES, _PLAIN_BYTES, _CLEAR_BYTES = 24, 12, 20  # of a pixel at most, as measured: float64, RGB, transparency
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +53,7 @@ def is_image(path: str) -> bool:
         return True
 
     def begins() -> bytes:
-        with Path(path).open("rb") as file:
+        with open_regular(Path(path)) as file:
             return file.read(PREAMBLE)
 
     return is_dicom(looked_at(begins, path))
@@ -65,10 +66,16 @@ def _extensions() -> frozenset[str]:
     return frozenset((*pillow, *DICOM_SUFFIXES))
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file's name says that it is none of DICOM's."""
+def is_dicom_file(path: Path) -> bool:
+    """Whether a file is DICOM: by its name, or, where that says nothing, by what it begins with.
+
+    Raises:
+        DataError: it cannot be looked at.
+    """
     end = path.suffix.lower()
-    return end in _extensions() and end not in DICOM_SUFFIXES
+    if end in _extensions():
+        return end in DICOM_SUFFIXES
+    return path.exists() and is_image(str(path))
 
 
 def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
@@ -98,7 +105,7 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Dec
             return _of_dicom(read_dicom(data, path, window))
         with Image.open(io.BytesIO(data)) as stored:
             return _decoded(stored, path, window)
-    except (ConfigError, DataError, ImportError):  # the last is no file's fault
+    except (ConfigError, DataError, ImportError, MemoryError):  # the last two are no file's fault
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: has more pixels than Pillow reads safely ({error}); scale it down") from error
@@ -113,7 +120,8 @@ def _of_dicom(frame: Frame) -> Decoded:
 
 def _decoded(stored: Image.Image, path: Path, window: tuple[int, int] | None) -> Decoded:
     deep = stored.mode in _DEEP_MODES or stored.mode.startswith("I;")
-    with DECODING.taken(_BYTES[deep] * stored.width * stored.height):
+    each = _DEEP_BYTES if deep else _CLEAR_BYTES if stored.has_transparency_data else _PLAIN_BYTES
+    with DECODING.taken(each * stored.width * stored.height):
         if not deep:
             image = _upright(stored, _as_rgb(stored))
             return Decoded(image, facts_of(image, _frames(stored)))

@@ -18,6 +18,7 @@ class Reason(StrEnum):
     NO_IMAGE = "no image"
     PASSED_OVER = "hidden, or a system's own"
     DANGLING = "a link to what is not there"
+    SPECIAL = "no regular file"
     UNUSABLE = "cannot be used"
 
 

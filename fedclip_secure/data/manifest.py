@@ -147,7 +147,7 @@ def _where(root: Path, cell: str) -> tuple[str, str | None]:
         return plain, None
     if is_of_windows(cell):
         return plain, f"path {cell!r} is one of Windows; write it from the folder of `data.root` in silo.yaml on"
-    return os.path.normpath(root / Path(cell.replace("\\", "/")).expanduser()), None
+    return os.path.normpath(root / os.path.expanduser(cell.replace("\\", "/"))), None  # noqa: PTH111 - never raises
 
 
 def _read(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -89,6 +89,10 @@ class DataReport:
         others = f"; {self.without_patient} image(s) without one count as one each" if self.without_patient else ""
         return f"{self.patients} patient(s), by {who[self.patients_from]}{others}"
 
+    def missed(self) -> int:
+        """How many files were left out that somebody may miss."""
+        return sum(one.reason is not Reason.PASSED_OVER for one in self.left_out)
+
     def check_strict(self) -> None:
         """Refuse what `strict` refuses.
 
@@ -115,6 +119,7 @@ class Seen:
     left_out: Sequence[LeftOut] = ()
     paths: Sequence[str] = ()
     facts: Sequence[ImageFacts] = ()
+    about_patients: Sequence[Finding] = ()
 
 
 def make_report(seen: Seen) -> DataReport:
@@ -131,7 +136,13 @@ def make_report(seen: Seen) -> DataReport:
         splits={name: _counts(seen, known, seen.places == number) for number, name in enumerate(seen.split_names)},
         smallest_class=smallest[1],
         smallest=smallest[0],
-        findings=(*why_left_out(seen.left_out), *_doubles(seen), *_looks(seen), *_untrained(seen)),
+        findings=(
+            *why_left_out(seen.left_out),
+            *seen.about_patients,
+            *_doubles(seen),
+            *_looks(seen),
+            *_untrained(seen),
+        ),
         left_out=tuple(seen.left_out),
     )
 
@@ -158,6 +169,7 @@ _REMEDIES = {
     Reason.NO_IMAGE: ("are no image and were left out", "move them away if they are not wanted", True),
     Reason.PASSED_OVER: ("or folder(s) are hidden or a system's own, and were passed over", "", False),
     Reason.DANGLING: ("are links to what is not there and were left out", "restore what they name", True),
+    Reason.SPECIAL: ("are pipes, sockets or devices and were left out", "move them away", True),
     Reason.UNUSABLE: ("cannot be used and were left out", "replace them, or move them away", True),
 }
 
@@ -202,7 +214,7 @@ def _equal(paths: Sequence[str], group: Sequence[int]) -> str:
     return " = ".join(paths[number] for number in group[:_EQUALS]) + more
 
 
-_MOST = f"{CLIPPED:.0%} of their pixels or more lie beyond one end"
+_MOST = f"{CLIPPED:.0%} of their pixels or more lie beyond the window's ends"
 _WINDOW = "check that the plan's `model.image_window` fits this scanner, and tell the coordinator"
 _LOOKS: tuple[tuple[str, Callable[[ImageFacts], bool], str, bool], ...] = (
     ("of one colour", lambda facts: facts.one_coloured, f"they show nothing: replace them, or {_WINDOW}", True),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SHARE = 0.25  # of the memory: the encoder and other programs need theirs
-_CGROUP = Path("/sys/fs/cgroup/memory.max")  # what a container may use (cgroup v2); `max` is no limit
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Room:
@@ -36,11 +36,17 @@ class Room:
 
 def memory() -> int:
     """Bytes that this machine has, or that the container may use."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(there, int(_CGROUP.read_text("ascii")))
-    except (OSError, ValueError):
-        return there
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """Those of the groups that this process is in (cgroup v2); `max` is none."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text("ascii").splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        for folder in (_CGROUPS / own, *(_CGROUPS / own).parents):
+            with suppress(OSError, ValueError):
+                yield int((folder / "memory.max").read_text("ascii"))
 
 
 DECODING = Room(int(_SHARE * memory()))

@@ -5,6 +5,7 @@ Nothing that cannot be looked at counts as empty, and what systems leave beside 
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedclip_secure.disk import PASSING, remedy
+from fedclip_secure.disk import PASSING, refused
 from fedclip_secure.errors import DataError
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ class Walk:
 
     files: list[str] = field(default_factory=list)  # rising
     passed_over: list[str] = field(default_factory=list)  # hidden files and folders, and a system's own
-    dangling: list[str] = field(default_factory=list)  # links to what is not there
+    dangling: list[str] = field(default_factory=list)  # links to what is not there, or to themselves
+    special: list[str] = field(default_factory=list)  # pipes, sockets, devices: reading one might never end
 
 
 def is_housekeeping(name: str) -> bool:
@@ -66,7 +68,8 @@ def subfolders(folder: Path) -> list[str]:
     Raises:
         DataError: it cannot be listed.
     """
-    return [entry.name for entry in _entries(str(folder)) if not is_housekeeping(entry.name) and entry.is_dir()]
+    mine = [entry for entry in _entries(str(folder)) if not is_housekeeping(entry.name)]
+    return [entry.name for entry in mine if _looked_up(entry) == "folder"]
 
 
 def looked_at(look: Callable[[], T], path: str | Path) -> T:
@@ -78,7 +81,7 @@ def looked_at(look: Callable[[], T], path: str | Path) -> T:
     try:
         return patiently(look)
     except OSError as error:
-        raise DataError(f"'{path}': cannot be read ({error.strerror}); {remedy(error, path)}") from error
+        raise DataError(refused(error, path)) from error
 
 
 def patiently(look: Callable[[], T]) -> T:
@@ -108,9 +111,26 @@ def _entries(here: str) -> list[os.DirEntry[str]]:
 def _take(entry: os.DirEntry[str], found: Walk, waiting: list[str]) -> None:
     if is_housekeeping(entry.name):
         found.passed_over.append(entry.path)
-    elif looked_at(entry.is_dir, entry.path):
-        waiting.append(entry.path)
-    elif entry.is_symlink() and not Path(entry.path).exists():
-        found.dangling.append(entry.path)
     else:
-        found.files.append(entry.path)
+        lists = {"folder": waiting, "file": found.files, "dangling": found.dangling, "special": found.special}
+        lists[_looked_up(entry)].append(entry.path)
+
+
+def _looked_up(entry: os.DirEntry[str]) -> str:
+    return looked_at(lambda: _kind(entry), entry.path)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        entry.stat()
+    except FileNotFoundError:
+        return "dangling"
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return "dangling"
+    return "special"

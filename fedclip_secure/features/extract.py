@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from fedclip_secure.data.dataset import FeatureSet, Floats, ImageFile
 from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.image import decode_image
 from fedclip_secure.data.walk import patiently
-from fedclip_secure.disk import PASSING, refused
+from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.batch import batch_size as fitting_batch_size
 from fedclip_secure.features.broken import Broken, check_classes_left
@@ -36,6 +37,10 @@ INDEX_NAME = "files.sqlite"
 _SHARD_IMAGES = 512  # images between two writes, and
 _SHARD_SECONDS = 60.0  # time between two writes: what a kill can lose
 _SEATS = 32  # images in a pass of which each has its own row, always: the last passes of a folder are not full
+# What may be the fault of one file alone; all else is the disk's or the machine's, and would cost many records.
+_ITS_OWN = {
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
 _MAX_DECODERS = 16  # threads; the encoder is the slower half on all but the largest machines
 
 
@@ -233,8 +238,8 @@ def _read_ahead(todo: Sequence[int], files: Sequence[ImageFile], work: _Work, ah
     """Read and decode in threads, `ahead` images before they are asked for: so many are in memory, not more."""
     waiting: deque[Future[_Read]] = deque()
     decoders = min(_MAX_DECODERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(decoders) as pool:
-        numbers = iter(todo)
+    pool, numbers = ThreadPoolExecutor(decoders), iter(todo)
+    try:
         waiting.extend(
             pool.submit(_read, number, files[number].path, work) for number in islice(numbers, max(ahead, 2 * decoders))
         )
@@ -242,6 +247,8 @@ def _read_ahead(todo: Sequence[int], files: Sequence[ImageFile], work: _Work, ah
             read = waiting.popleft().result()
             waiting.extend(pool.submit(_read, number, files[number].path, work) for number in islice(numbers, 1))
             yield read
+    finally:  # where a disk fails, nobody waits until each of the others has been tried again and again
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(number: int, path: Path, work: _Work) -> _Read:
@@ -256,8 +263,10 @@ def _read(number: int, path: Path, work: _Work) -> _Read:
         return _Read(number, contents, image, decoded.facts)
     except DataError as error:
         return _Read(number, contents, fault=Broken(number, path, str(error)))
+    except MemoryError as error:
+        raise DataError(f"'{path}': there is too little memory to decode it; free some, or scale it down") from error
     except OSError as error:
-        if error.errno in PASSING:
+        if error.errno not in _ITS_OWN:
             raise DataError(refused(error, path)) from error
         return _Read(number, fault=Broken(number, path, refused(error, path)))
 

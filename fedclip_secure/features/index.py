@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
 import sqlite3
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +15,23 @@ from pathlib import Path
 from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.disk import is_damage, refused
 from fedclip_secure.errors import DataError
-from fedclip_secure.files import make_folder
+from fedclip_secure.files import make_folder, open_regular
 
 _log = logging.getLogger(__name__)
 _WAIT = 60.0  # seconds that another process's write is waited for
 # A file written twice within one tick of its file system's clock keeps its mtime; FAT's tick, the longest, is two
 # seconds. One that was modified so lately is not put into the index.
 _SETTLED_NS = 2_000_000_000
+# By the columns' names: a later version may have more of them.
+_FACTS_OF = "SELECT sha256, width, height, frames, below, above, span FROM facts WHERE decoding = ?"
+_ADD_FACTS = (
+    "INSERT OR REPLACE INTO facts (sha256, decoding, width, height, frames, below, above, span) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_PATIENTS_BY = "SELECT path, size, mtime_ns, unit, alike FROM patients WHERE normalise = ?"
+_ADD_PATIENTS = (
+    "INSERT OR REPLACE INTO patients (path, size, mtime_ns, normalise, unit, alike) VALUES (?, ?, ?, ?, ?, ?)"
+)
 _TABLES = (
     "files (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB)",
     # What is seen of an image depends on its bytes and on how they are decoded.
@@ -51,12 +59,8 @@ def read_contents(path: Path) -> tuple[Contents, bytes]:
     Raises:
         OSError: it cannot be read.
     """
-    with os.fdopen(
-        os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb"
-    ) as stream:  # opening a FIFO would wait for its writer
+    with open_regular(path) as stream:
         before = os.fstat(stream.fileno())
-        if not stat.S_ISREG(before.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
         data = stream.read()
         after = os.fstat(stream.fileno())
     same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(data) == after.st_size
@@ -119,22 +123,22 @@ class FileIndex:
     def facts(self, decoding: bytes) -> dict[bytes, ImageFacts]:
         """Of each image that was seen as `decoding` (32 bytes) has it, by its SHA-256."""
         with self._told():
-            found = self._connection.execute("SELECT * FROM facts WHERE decoding = ?", (decoding,))
-            return {row[0]: ImageFacts(*row[2:]) for row in found}
+            found = self._connection.execute(_FACTS_OF, (decoding,))
+            return {row[0]: ImageFacts(*row[1:]) for row in found}
 
     def add_facts(self, facts: Mapping[bytes, ImageFacts], decoding: bytes) -> None:
         """Keep what was seen of images, by their SHA-256."""
         rows = [(sha256, decoding, *astuple(one)) for sha256, one in facts.items()]
         with self._told(), self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._connection.executemany(_ADD_FACTS, rows)
 
     def patients(self, paths: Sequence[Path], normalise: str) -> list[Patient | None]:
         """For each of `paths` its patient, where size and mtime are as they were when it was read so, else None."""
         with self._told():
-            found = self._connection.execute("SELECT * FROM patients WHERE normalise = ?", (normalise,))
+            found = self._connection.execute(_PATIENTS_BY, (normalise,))
             rows = {row[0]: row[1:] for row in found}
         return [
-            Patient(*row[3:]) if (row := rows.get(_name(path))) and _unchanged(path, *row[:2]) else None
+            Patient(*row[2:]) if (row := rows.get(_name(path))) and _unchanged(path, *row[:2]) else None
             for path in paths
         ]
 
@@ -147,9 +151,10 @@ class FileIndex:
             if now - seen.st_mtime_ns >= _SETTLED_NS
         ]
         with self._told(), self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?, ?)", rows)
+            self._connection.executemany(_ADD_PATIENTS, rows)
 
     def _open(self) -> None:
+        self._path.touch(mode=0o600)  # a hash of an id can be guessed
         self._connection = sqlite3.connect(self._path, timeout=_WAIT)
         for table in _TABLES:
             self._connection.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")

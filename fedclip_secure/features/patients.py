@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -15,6 +14,7 @@ from fedclip_secure import canonical
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.dicom import patient_of
 from fedclip_secure.data.patients import alike, unit_of
+from fedclip_secure.data.report import EXAMPLES, Finding
 from fedclip_secure.data.walk import looked_at
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.index import FileIndex, Patient
@@ -22,19 +22,17 @@ from fedclip_secure.names import Normalisation
 
 _READERS = 16  # threads: on a share most of the time is waiting
 _AT_ONCE = 2048  # files between two writes of the index
-_NAMED = 10
 _NOBODY = Patient(b"", b"")
 _OWN = "; give them one in a CSV file at `data.patients` in silo.yaml, or set `patients: none`"
-_log = logging.getLogger(__name__)
 
 
 def with_dicom_patients(
     files: Sequence[ImageFile], index_file: Path, normalise: Collection[Normalisation], *, asked: bool
-) -> list[ImageFile]:
-    """`files` with the units that their PatientID gives them; ids are compared as `normalise` says.
+) -> tuple[list[ImageFile], list[Finding]]:
+    """`files` with the units that their PatientID gives them, and what is strange; ids are compared as by `normalise`.
 
-    A file without PatientID stays a unit of its own, which is told; where a person `asked` for PatientIDs it is
-    refused. Neither names nor ids of patients are ever told.
+    A file without PatientID stays a unit of its own; where a person `asked` for PatientIDs it is refused. Neither
+    names nor ids of patients are ever told.
 
     Raises:
         DataError: as said; a file cannot be opened; or the index cannot be used.
@@ -45,10 +43,10 @@ def with_dicom_patients(
     if lost and asked:
         raise DataError(
             f"`data.patients: dicom` in silo.yaml: {len(lost)} of {len(files)} image(s) have no PatientID, first "
-            f"{', '.join(map(repr, lost[:_NAMED]))}{_OWN}"
+            f"{', '.join(map(repr, lost[:EXAMPLES]))}{_OWN}"
         )
-    _tell(len(files), len(lost), patients)
-    return [replace(file, unit=patient.unit or None) for file, patient in zip(files, patients, strict=True)]
+    named = [replace(file, unit=patient.unit or None) for file, patient in zip(files, patients, strict=True)]
+    return named, list(_findings(len(files), lost, patients))
 
 
 def _patients(files: Sequence[ImageFile], index_file: Path, normalise: Collection[Normalisation]) -> list[Patient]:
@@ -73,23 +71,25 @@ def _read(path: Path, normalise: Collection[Normalisation]) -> tuple[os.stat_res
     return seen, Patient(unit, canonical.digest("fedclip/v1/patient-alike", alike(patient)))
 
 
-def _tell(files: int, lost: int, patients: Sequence[Patient]) -> None:
-    if lost:
-        _log.warning("%d of %d DICOM file(s) have no PatientID and count as a patient each%s", lost, files, _OWN)
+def _findings(files: int, lost: Sequence[str], patients: Sequence[Patient]) -> Iterator[Finding]:
     units = defaultdict[bytes, set[bytes]](set)
     for patient in patients:
         if patient.unit:
             units[patient.alike].add(patient.unit)
-    groups = sum(len(group) > 1 for group in units.values())
+    groups, named = sum(len(group) > 1 for group in units.values()), files - len(lost)
+    if lost:
+        text = f"{len(lost)} of {files} DICOM file(s) have no PatientID and count as a patient each{_OWN}"
+        yield Finding("without PatientID", len(lost), text, tuple(lost[:EXAMPLES]), refused=True)
+    if len(units) == 1 and named > 1:
+        text = (
+            f"all {named} DICOM file(s) with a PatientID have the same one, and so fall into one split; if it stands "
+            f"for files that were made anonymous{_OWN}"
+        )
+        yield Finding("one PatientID for all", named, text, (), refused=True)
     if groups:
-        _log.warning(
-            "%d group(s) of PatientIDs differ by case or leading zeros alone and count as different patients, each "
-            "with a privacy budget of its own; if they are the same, set data.patients.normalise in silo.yaml "
-            "before the first run", groups,
-        )  # fmt: skip
-    if len(units) == 1 and files - lost > 1:
-        _log.warning(
-            "all %d DICOM file(s) with a PatientID have the same one, and so fall into one split; if it stands for "
-            "files that were made anonymous, set `data.patients: none` in silo.yaml, or name their patients in a CSV "
-            "file there", files - lost,
-        )  # fmt: skip
+        text = (
+            f"{groups} group(s) of PatientIDs differ by case or leading zeros alone and count as different patients, "
+            "each with a privacy budget of its own; if they are the same, set data.patients.normalise in silo.yaml "
+            "before the first run"
+        )
+        yield Finding("PatientIDs that are alike", groups, text, (), refused=False)

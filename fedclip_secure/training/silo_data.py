@@ -5,21 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import EmbeddingsData, FolderData, ManifestData, SiloConfig
-from fedclip_secure.data.dataset import FeatureSet, ImageFile, Task, places_of
+from fedclip_secure.data.dataset import FeatureSet, Task, places_of
 from fedclip_secure.data.embeddings import read_embeddings
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.image import is_picture
+from fedclip_secure.data.image import is_dicom_file
 from fedclip_secure.data.listing import LeftOut, Listing, Reason
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.data.page import EACH_CLASS, render_page, thumbnail
-from fedclip_secure.data.report import JSON, LEFT_OUT, PAGE, DataReport, Seen, make_report
+from fedclip_secure.data.report import JSON, LEFT_OUT, PAGE, DataReport, Finding, Seen, make_report
 from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.features.encoder import Encoder
@@ -30,7 +29,6 @@ from fedclip_secure.features.stage import FEATURES
 from fedclip_secure.files import write_atomically
 from fedclip_secure.names import Column
 
-_log = logging.getLogger(__name__)
 _MODE = 0o600  # the page shows images
 
 
@@ -64,9 +62,9 @@ def read_silo_data(
             "silo.yaml: data.format: the plan's model is external and no encoder runs here; set `embeddings`"
         )
     features = Path(silo.workdir, "features")
-    listing, patients_from = _listed(silo.data, task.classes, features / INDEX_NAME)
-    found = extract(listing.files, encoder, features, progress, options)
-    seen = _seen(listing, found, plan, task.classes, patients_from)
+    listed = _listed(silo.data, plan, features / INDEX_NAME)
+    found = extract(listed.listing.files, encoder, features, progress, options)
+    seen = _seen(listed, found, plan, task.classes)
     report = make_report(seen)
     _write(Path(silo.workdir), silo.name, report, seen, encoder.window)
     if silo.data.strict:
@@ -86,29 +84,57 @@ def _of_embeddings(data: EmbeddingsData, plan: FederationPlan, task: Task, optio
     return SiloData(features, make_report(Seen(task.classes, names, features, places, patients_from)))
 
 
-def _listed(data: FolderData | ManifestData, classes: Sequence[str], index: Path) -> tuple[Listing, str | None]:
-    """What there is to read, with the patients; and who named these."""
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """What there is to read, with the patients; who named these; and what is strange about them."""
+
+    listing: Listing
+    patients_from: str | None = None
+    findings: Sequence[Finding] = ()
+
+
+def _listed(data: FolderData | ManifestData, plan: FederationPlan, index: Path) -> _Listed:
+    listing, asked = _found(data, tuple(plan.classes)), data.patients.dicom
+    if any(file.unit is not None for file in listing.files):
+        return _Listed(listing, "csv")
+    dicom = [] if asked is False else [is_dicom_file(file.path) for file in listing.files]
+    if asked is None and any(dicom) and not all(dicom):
+        return _Listed(listing, None, [_some_dicom(sum(dicom), len(dicom))])
+    if not asked and not any(dicom):
+        return _Listed(listing)
+    _check_asked(data, plan)
+    listing.files, strange = with_dicom_patients(listing.files, index, data.patients.normalise, asked=asked is not None)
+    return _Listed(listing, "dicom", strange)
+
+
+def _found(data: FolderData | ManifestData, classes: Sequence[str]) -> Listing:
     path, how = Path(data.path), data.patients.normalise
     if isinstance(data, ManifestData):
         root = path.parent if data.root is None else Path(data.root)
-        listing = Listing(
-            read_manifest(path, root, classes, data.absent_classes, normalise=how, columns=_columns(data))
+        return Listing(read_manifest(path, root, classes, data.absent_classes, normalise=how, columns=_columns(data)))
+    listing, named = read_folder(path, classes, data.absent_classes), data.patients
+    if named.file is not None:
+        listing.files = with_patients(listing.files, Path(named.file), path, normalise=how, columns=named.columns)
+    return listing
+
+
+def _check_asked(data: FolderData | ManifestData, plan: FederationPlan) -> None:
+    """That PatientID means a patient must be a person's word where a promise for each patient rests on it."""
+    if data.patients.dicom is None and plan.privacy is not None and plan.privacy.unit == "patient":
+        raise ConfigError(
+            "silo.yaml: data.patients: the plan protects each patient, and only PatientID of DICOM names them; set "
+            "`patients: dicom` if all files of a patient have the same one. If it is a pseudonym that changes with the "
+            "study, name the patients in a CSV file instead"
         )
-    else:
-        listing = read_folder(path, classes, data.absent_classes)
-        if data.patients.file is not None:
-            listing.files = with_patients(
-                listing.files, Path(data.patients.file), path, normalise=how, columns=data.patients.columns
-            )
-    if any(file.unit is not None for file in listing.files):
-        return listing, "csv"
-    asked = data.patients.dicom
-    if asked is None:
-        _tell_of_some_dicom(listing.files)
-    if asked or (asked is None and not any(is_picture(file.path) for file in listing.files)):
-        listing.files = with_dicom_patients(listing.files, index, how, asked=bool(asked))
-    named = any(file.unit is not None for file in listing.files)
-    return listing, "dicom" if named else None
+
+
+def _some_dicom(dicom: int, files: int) -> Finding:
+    text = (
+        f"{dicom} of {files} images are DICOM, whose PatientID is not read as the others have none: each image counts "
+        "as a patient of its own; name the patients of all in a CSV file at `data.patients` in silo.yaml, or say "
+        "`patients: none`"
+    )
+    return Finding("PatientIDs that are not read", dicom, text, (), refused=True)
 
 
 def _columns(data: ManifestData) -> Mapping[Column, str]:
@@ -116,19 +142,7 @@ def _columns(data: ManifestData) -> Mapping[Column, str]:
     return data.columns if data.patients.dicom is None else {**data.columns, "patient": ""}
 
 
-def _tell_of_some_dicom(files: Sequence[ImageFile]) -> None:
-    dicom = sum(not is_picture(file.path) for file in files)
-    if 0 < dicom < len(files):
-        _log.warning(
-            "%d of %d images are DICOM, whose PatientID is not read as the others have none: each image counts as a "
-            "patient of its own; name the patients of all in a CSV file at `data.patients` in silo.yaml, or say "
-            "`patients: none`", dicom, len(files),
-        )  # fmt: skip
-
-
-def _seen(
-    listing: Listing, found: Extraction, plan: FederationPlan, classes: Sequence[str], patients_from: str | None
-) -> Seen:
+def _seen(listed: _Listed, found: Extraction, plan: FederationPlan, classes: Sequence[str]) -> Seen:
     shares = plan.splits.model_dump()
     broken = {image.number for image in found.broken}
     left_out = [LeftOut(str(image.path), Reason.UNUSABLE, image.reason) for image in found.broken]
@@ -137,10 +151,11 @@ def _seen(
         list(shares),
         found.features,
         places_of(found.features, plan.federation, shares),
-        patients_from,
-        [*listing.left_out, *left_out],
-        [str(file.path) for number, file in enumerate(listing.files) if number not in broken],
+        listed.patients_from,
+        [*listed.listing.left_out, *left_out],
+        [str(file.path) for number, file in enumerate(listed.listing.files) if number not in broken],
         found.facts,
+        listed.findings,
     )
 
 

@@ -30,7 +30,7 @@ from pydicom.uid import (
 
 from fedclip_secure.data import dicom as dicom_reader
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.image import decode_image, is_image, is_picture, load_image
+from fedclip_secure.data.image import decode_image, is_dicom_file, is_image, load_image
 from fedclip_secure.errors import ConfigError, DataError
 
 Pixels = npt.NDArray[Any]
@@ -200,7 +200,7 @@ def test_file_without_a_preamble_is_read(tmp_path: Path) -> None:
 def test_file_is_dicom_by_what_it_begins_with(tmp_path: Path, name: str) -> None:
     path = dicom(tmp_path / name, np.array([[0, 255]], np.uint8))
     assert is_image(str(path))
-    assert not is_picture(path)
+    assert is_dicom_file(path)
     assert grey(path, None) == [0, 255]
 
 

@@ -58,6 +58,14 @@ def test_air_around_a_patient_is_no_fault() -> None:
     assert not found.one_coloured
 
 
+def test_window_within_which_nothing_lies_is_seen_though_both_ends_are_hit() -> None:
+    pixels = RANDOM.integers(500, 4000, (64, 64), dtype=np.uint16)
+    pixels[:28] = 0  # air
+    found = facts(png(pixels), (1, 255))
+    assert (found.below, found.above, found.span) == (28 / 64, 36 / 64, 255)
+    assert found.clipped
+
+
 def test_marker_on_a_black_image_is_no_picture_and_a_coloured_one_is_one() -> None:
     marked = Image.new("RGB", (100, 100))
     marked.putpixel((3, 3), (255, 255, 255))

@@ -175,7 +175,7 @@ def test_broken_images_are_left_out_with_their_reasons(run: Runs, files: list[Im
     run(files)
     assert [image.number for image in run.broken] == [2, 5, 7]
     assert ["not an image" in image.reason for image in run.broken] == [True, True, False]
-    assert "7.png: cannot be read (No such file" in run.broken[2].reason
+    assert "7.png': cannot be read (No such file" in run.broken[2].reason
 
 
 def test_image_that_was_mended_is_used_again(run: Runs, files: list[ImageFile]) -> None:

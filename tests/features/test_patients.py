@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sqlite3
 import time
@@ -44,7 +43,12 @@ def forget(path: Path) -> None:
 
 def read(files: list[ImageFile], *how: Normalisation, asked: bool = False) -> list[bytes | None]:
     index = files[0].path.parent / "work/files.sqlite"
-    return [file.unit for file in with_dicom_patients(files, index, how, asked=asked)]
+    return [file.unit for file in with_dicom_patients(files, index, how, asked=asked)[0]]
+
+
+def said(files: list[ImageFile], *how: Normalisation) -> dict[str, str]:
+    _, findings = with_dicom_patients(files, files[0].path.parent / "work/files.sqlite", how, asked=False)
+    return {finding.kind: finding.text for finding in findings}
 
 
 def test_images_of_one_patient_id_share_the_unit_that_a_csv_file_would_give_them(tmp_path: Path) -> None:
@@ -66,47 +70,44 @@ def test_files_are_read_once_and_ids_are_kept_as_hashes(tmp_path: Path, monkeypa
     assert read(files)[2] == first[0], "a file that changed is read again"
 
 
-def test_ids_are_the_same_where_silo_yaml_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_are_the_same_where_silo_yaml_says_so(tmp_path: Path) -> None:
     files = scans(tmp_path, "p001", "P1", "q")
-    with caplog.at_level(logging.WARNING):
-        assert len(set(read(files))) == 3
-    assert "1 group(s) of PatientIDs differ by case or leading zeros alone" in caplog.text
-    assert "p001" not in caplog.text, "no id of a patient is told"
-    caplog.clear()
+    assert len(set(read(files))) == 3
+    (text,) = said(files).values()
+    assert text.startswith("1 group(s) of PatientIDs differ by case or leading zeros alone")
+    assert "p001" not in text, "no id of a patient is told"
     assert len(set(read(files, "casefold", "strip_zeros"))) == 2
-    assert not caplog.text
+    assert not said(files, "casefold", "strip_zeros")
 
 
-def test_file_without_an_id_counts_by_itself_and_is_refused_where_ids_were_asked_for(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_file_without_an_id_counts_by_itself_and_is_refused_where_ids_were_asked_for(tmp_path: Path) -> None:
     files = scans(tmp_path, "p", None, "")
-    with caplog.at_level(logging.WARNING):
-        assert read(files)[1:] == [None, None]
-    assert "2 of 3 DICOM file(s) have no PatientID and count as a patient each" in caplog.text
+    assert read(files)[1:] == [None, None]
+    assert said(files)["without PatientID"].startswith("2 of 3 DICOM file(s) have no PatientID and count as a patient")
     with pytest.raises(DataError, match=r"2 of 3 image\(s\) have no PatientID, first '.*1\.dcm'.*`patients: none`"):
         read(files, asked=True)
 
 
-def test_one_id_for_all_files_is_said_with_the_way_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert len(set(read(scans(tmp_path, *["ANONYMOUS"] * 5)))) == 1
-    assert "all 5 DICOM file(s) with a PatientID have the same one" in caplog.text
-    assert "`data.patients: none`" in caplog.text
+def test_one_id_for_all_files_is_said_with_the_way_out(tmp_path: Path) -> None:
+    files = scans(tmp_path, *["ANONYMOUS"] * 5)
+    assert len(set(read(files))) == 1
+    text = said(files)["one PatientID for all"]
+    assert text.startswith("all 5 DICOM file(s) with a PatientID have the same one")
+    assert "`patients: none`" in text
 
 
 def test_file_that_cannot_be_read_ends_the_run_and_never_becomes_a_patient_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = scans(tmp_path, "p", "p")
-    opened = Path.open
+    opened = os.open
 
-    def stale(self: Path, *arguments: str, **options: str) -> object:
-        if self.name == "1.dcm":
+    def stale(path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if str(path).endswith("1.dcm"):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return opened(self, *arguments, **options)  # type: ignore[call-overload]
+        return opened(path, flags, mode, dir_fd=dir_fd)
 
-    monkeypatch.setattr(Path, "open", stale)
+    monkeypatch.setattr(os, "open", stale)
     monkeypatch.setattr(walk, "PATIENCE", (0.0, 0.0))
     with pytest.raises(DataError, match=r"1\.dcm': cannot be read \(Stale file handle\); the disk or the share fails"):
         read(files)

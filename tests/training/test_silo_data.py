@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import json
-import logging
 import os
 import shutil
 import time
@@ -18,11 +17,11 @@ from PIL import Image
 
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import Contract
-from fedclip_secure.config.plan import FederationPlan
+from fedclip_secure.config.plan import FederationPlan, PrivacyPlan
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data import walk
 from fedclip_secure.data.report import JSON, LEFT_OUT, PAGE, DataReport
-from fedclip_secure.errors import DataError
+from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.features import extract as extracting
 from fedclip_secure.features.index import read_contents
 from fedclip_secure.training.inputs import Inputs, load_inputs
@@ -208,14 +207,14 @@ def test_patients_of_dicom_are_never_torn_apart(house: House) -> None:
     assert house.report(patients="none").patients is None
 
 
-def test_pictures_among_dicom_are_told_and_refused_where_patients_are_asked_of_dicom(
-    house: House, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pictures_among_dicom_are_told_and_refused_where_patients_are_asked_of_dicom(house: House) -> None:
     scans(house)
     house.picture("cat/photo.png")
-    with caplog.at_level(logging.WARNING):
-        assert house.report().patients is None
-    assert "48 of 49 images are DICOM, whose PatientID is not read" in caplog.text
+    report = house.report()
+    assert report.patients is None
+    assert "48 of 49 images are DICOM, whose PatientID is not read" in report.warnings()[0]
+    with pytest.raises(DataError, match="48 of 49 images are DICOM"):
+        house.read(strict=True)
     with pytest.raises(DataError, match=r"1 of 49 image\(s\) have no PatientID, first '.*photo\.png'"):
         house.read(patients="dicom")
 
@@ -228,6 +227,63 @@ def test_manifest_of_dicom_takes_patients_from_it_too(house: House, tmp_path: Pa
     assert house.report(format="manifest", path=str(listed), root=str(house.images)).patients == 12
 
 
+def test_picture_without_an_extension_in_a_manifest_is_no_dicom(house: House, tmp_path: Path) -> None:
+    listed = ["path,label"]
+    for number in range(6):
+        path = house.picture(f"{CLASSES[number % 2]}/{number}.png")
+        path.rename(path.with_suffix(""))
+        listed.append(f"{path.with_suffix('')},{path.parent.name}")
+    (tmp_path / "list.csv").write_text("\n".join(listed))
+    report = house.report(format="manifest", path=str(tmp_path / "list.csv"))
+    assert (report.used, report.patients, report.findings) == (6, None, report.findings[:0])
+
+
+def test_promise_for_each_patient_rests_on_patient_id_only_where_a_person_says_so(house: House) -> None:
+    scans(house)
+    privacy = PrivacyPlan(
+        unit="patient", sample_rate=0.5, steps_per_round=1, noise_multiplier=1.0, max_grad_norm=1.0, update_divisor=4,
+        delta=1e-5,
+    )  # fmt: skip
+    plan = house.contract.plan.model_copy(update={"privacy": privacy})
+    house.contract = Contract(plan, house.contract.lock)
+    with pytest.raises(ConfigError, match="the plan protects each patient, and only PatientID of DICOM names them"):
+        house.read()
+    assert house.report(patients="dicom").patients == 12
+
+
+def test_class_may_be_called_as_a_systems_folder_is(house: House) -> None:
+    plan = house.contract.plan.model_copy(update={"classes": {"recycled": "paper", "dog": "a dog"}})
+    house.contract = Contract(plan, prepare(plan, house.weights.parent).lock)
+    for number in range(8):
+        house.picture(f"{('recycled', 'dog')[number % 2]}/{number}.png")
+    assert house.report().used == 8
+
+
+def test_what_is_no_file_is_left_out_and_never_waited_for(house: House) -> None:
+    pictures(house)
+    os.mkfifo(house.images / "cat/pipe")
+    os.mkfifo(house.images / "cat/pipe.dcm")
+    (house.images / "dog/loop").symlink_to(house.images / "dog/loop")
+    report = house.report()
+    assert kinds(report) == {"left out: a link to what is not there": 1, "left out: no regular file": 2}
+    assert report.used == 24
+
+
+@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EMFILE, errno.ENODEV, errno.ENOMEM])
+def test_fault_that_is_not_one_files_own_ends_the_run(
+    house: House, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    pictures(house)
+    monkeypatch.setattr(walk, "PATIENCE", ())
+
+    def failing(path: Path) -> object:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(extracting, "read_contents", failing)
+    with pytest.raises(DataError, match=r"\.png': cannot be read \("):
+        house.read()
+
+
 def test_several_frames_are_told_and_the_middle_one_of_dicom_counts(house: House) -> None:
     pictures(house)
     frames = np.stack([np.full((48, 48), value, np.uint8) for value in (0, 0, 200, 0)])
@@ -235,7 +291,7 @@ def test_several_frames_are_told_and_the_middle_one_of_dicom_counts(house: House
     house.images.joinpath("cat").mkdir(exist_ok=True)
     path = house.images / "cat/film.dcm"
     dicom(path, frames[0], NumberOfFrames=4, PixelData=frames.tobytes())
-    assert kinds(house.report()) == {"of several frames": 1}
+    assert kinds(house.report(patients="none")) == {"of several frames": 1}
 
 
 def test_strict_refuses_what_is_wrong_and_the_report_is_there_to_look_at(house: House) -> None:
