@@ -48,6 +48,8 @@ _TAGS = (  # PS3.3: image pixel module (C.7.6.3), multi-frame (C.7.6.6), modalit
     "RescaleSlope",
     "RescaleIntercept",
     "ModalityLUTSequence",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
     "PixelData",
 )
 _BYTES = 24  # of a pixel while it is decoded: through float64, and what decoders hold besides
@@ -84,29 +86,30 @@ def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None) -> Frame
         kind = str(file.PhotometricInterpretation)
         if kind in _COLOUR:
             return Frame(Image.fromarray(pixels.astype(np.uint8, casting="safe")), frames)
-        grey = to_grey(_rescaled(pixels, file), path, _own_range(file) or window)
+        said = _transformation(file, frames // 2)
+        grey = to_grey(_rescaled(pixels, said), path, _own_range(file, said) or window)
         values = 255 - grey.values if kind == "MONOCHROME1" else grey.values
         return Frame(Image.fromarray(values).convert("RGB"), frames, grey.below, grey.above)
 
 
-def patient_of(path: Path) -> str:
-    """A file's PatientID without spaces around it (PS3.3, C.7.1.1); no pixels are read.
+def patient_of(path: Path) -> str | None:
+    """A file's PatientID without spaces around it (PS3.3, C.7.1.1), empty where there is none; no pixels are read.
 
-    Empty where there is none, and where the file cannot be parsed: such a one is left out where it is decoded.
+    None where the file cannot be parsed: such a one is left out where it is decoded.
 
     Raises:
         DataError: the file cannot be opened or read.
         ConfigError: pydicom is not installed.
     """
 
-    def parsed() -> str:
+    def parsed() -> str | None:
         with open_regular(path) as file:
             try:
                 return str(_parse(file, path, ("PatientID",)).get("PatientID") or "").strip()
             except (ConfigError, OSError, MemoryError):
                 raise
             except Exception:  # pydicom raises whatever a broken file makes it raise
-                return ""
+                return None
 
     return looked_at(parsed, path)
 
@@ -187,13 +190,24 @@ def is_dicom(data: bytes) -> bool:
     return data[PREAMBLE - 4 : PREAMBLE] == b"DICM"
 
 
-def _own_range(file: Dataset) -> tuple[int, int] | None:
+def _transformation(file: Dataset, frame: int) -> Dataset:
+    """What holds a frame's slope and intercept: its own group, that of all (PS3.3, C.7.6.16.2.9), or the file."""
+    for name, number in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        groups = file.get(name) or ()
+        found = groups[number].get("PixelValueTransformationSequence") if number < len(groups) else None
+        if found:
+            return found[0]  # type: ignore[no-any-return]
+    return file
+
+
+def _own_range(file: Dataset, said: Dataset) -> tuple[int, int] | None:
     """From black to white where the file's bits say it, as those of an 8-bit picture do."""
     bits = int(file.get("BitsStored") or file.BitsAllocated)
-    rescaled = (_number(file, "RescaleSlope", 1.0), _number(file, "RescaleIntercept", 0.0)) != (1.0, 0.0)
-    if bits > 8 or rescaled or "ModalityLUTSequence" in file or file.get("PixelRepresentation"):
+    rescaled = (_number(said, "RescaleSlope", 1.0), _number(said, "RescaleIntercept", 0.0)) != (1.0, 0.0)
+    if bits > 8 or rescaled or said.get("ModalityLUTSequence"):
         return None
-    return 0, 2**bits - 1
+    least = -(2 ** (bits - 1)) if file.get("PixelRepresentation") else 0
+    return least, least + 2**bits - 1
 
 
 def _number(file: Dataset, tag: str, otherwise: float) -> float:
@@ -202,10 +216,10 @@ def _number(file: Dataset, tag: str, otherwise: float) -> float:
     return otherwise if value is None or value == "" else float(value)
 
 
-def _rescaled(pixels: npt.NDArray[np.generic], file: Dataset) -> npt.NDArray[np.generic]:
+def _rescaled(pixels: npt.NDArray[np.generic], said: Dataset) -> npt.NDArray[np.generic]:
     from pydicom.pixels.processing import apply_modality_lut  # noqa: PLC0415 - as in _parse
 
-    if "ModalityLUTSequence" in file:
-        values: Any = apply_modality_lut(pixels, file)
+    if said.get("ModalityLUTSequence"):
+        values: Any = apply_modality_lut(pixels, said)
         return np.asarray(values)
-    return pixels.astype(np.float64) * _number(file, "RescaleSlope", 1.0) + _number(file, "RescaleIntercept", 0.0)
+    return pixels.astype(np.float64) * _number(said, "RescaleSlope", 1.0) + _number(said, "RescaleIntercept", 0.0)

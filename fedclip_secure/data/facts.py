@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from PIL import Image
 
 TINY = 32  # pixels of the shorter side: an icon or a thumbnail of a thumbnail, and no picture of anything
-CLIPPED = 0.9  # share of pixels beyond the ends of the window; air around a patient is below that
-ONE_COLOUR = 4  # levels of 255 between the darkest and the brightest pixels, but for
-_STRAY = 0.005  # so many at either end: a marker or a dead pixel is no picture
+CLIPPED = 0.9  # share that is white of the pixels that are not black: black is the air around a patient
+ONE_COLOUR = 16  # levels of 255 between the darkest and the brightest pixels, but for `_STRAY`; and
+LITTLE_CONTRAST = 64
+_STRAY = 0.005  # share at either end: a marker or a dead pixel is no picture
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
     """Of one decoded image. `span` is in grey levels of 255; `below` and `above` are shares of pixels, 0..1."""
 
+    dicom: bool  # by its bytes, whatever its name
     width: int
     height: int
     frames: int  # in the file, of which one counts
-    below: float  # the plan's window; 0 where none is needed
+    below: float  # the plan's window, or at its end; 0 where none is needed
     above: float
     span: int  # from the darkest to the brightest pixels
 
@@ -30,19 +32,26 @@ class ImageFacts:
 
     @property
     def clipped(self) -> bool:
-        """Lies almost wholly beyond the ends of the window."""
-        return self.below + self.above >= CLIPPED
+        """Almost all that is not black is white: what counts lies above the window."""
+        return self.above > 0 and self.above >= CLIPPED * (1 - self.below)
 
     @property
     def one_coloured(self) -> bool:
-        """Shows nothing, of whatever size."""
+        """Shows nothing, or next to it."""
         return self.span <= ONE_COLOUR
 
+    @property
+    def of_little_contrast(self) -> bool:
+        """Uses a small part of the range: maybe the window is too wide."""
+        return ONE_COLOUR < self.span <= LITTLE_CONTRAST
 
-def facts_of(image: Image.Image, frames: int, below: float = 0.0, above: float = 0.0) -> ImageFacts:
+
+def facts_of(
+    image: Image.Image, frames: int, below: float = 0.0, above: float = 0.0, *, dicom: bool = False
+) -> ImageFacts:
     """Look at a decoded RGB `image`."""
     spans = [_span(channel.histogram()) for channel in image.split()]
-    return ImageFacts(image.width, image.height, frames, below, above, max(spans))
+    return ImageFacts(dicom, image.width, image.height, frames, below, above, max(spans))
 
 
 def _span(histogram: list[int]) -> int:

@@ -43,6 +43,9 @@ def _class_folders(root: Path, classes: Sequence[str], listing: Listing) -> dict
         raise DataError(f"{error}: `data.path` in silo.yaml") from error
     mine = [entry for entry in entries if composed(entry.name) in known or not is_housekeeping(entry.name)]
     listing.left_out += [LeftOut(str(entry), Reason.PASSED_OVER) for entry in entries if entry not in mine]
+    gone = [entry for entry in mine if entry.is_symlink() and not entry.exists()]
+    if gone:
+        raise DataError(f"'{gone[0]}': is a link to what is not there; mount or restore what it names, or remove it")
     strays = [entry.name for entry in mine if not looked_at(entry.is_dir, entry)]
     if strays:
         raise DataError(

@@ -75,7 +75,7 @@ def is_dicom_file(path: Path) -> bool:
     end = path.suffix.lower()
     if end in _extensions():
         return end in DICOM_SUFFIXES
-    return path.exists() and is_image(str(path))
+    return path.is_file() and is_image(str(path))
 
 
 def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
@@ -115,7 +115,7 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Dec
 
 
 def _of_dicom(frame: Frame) -> Decoded:
-    return Decoded(frame.image, facts_of(frame.image, frame.frames, frame.below, frame.above))
+    return Decoded(frame.image, facts_of(frame.image, frame.frames, frame.below, frame.above, dicom=True))
 
 
 def _decoded(stored: Image.Image, path: Path, window: tuple[int, int] | None) -> Decoded:

@@ -9,6 +9,7 @@ import csv
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from fedclip_secure.files import is_of_windows
 from fedclip_secure.names import Column, Normalisation
 
 _LISTED_FAULTS = 10
-_PATIENT = r"patient|subject|\bmrn\b|\bpid\b"  # in the name of a column
+_PATIENT = r"patient|subject|person|(?<![a-z])(mrn|pid)(?![a-z])"  # in the name of a column
+_NONE = {"nan", "none", "null", "na", "n/a", "#n/a"}  # in small letters: of pandas, databases and spreadsheets
 _log = logging.getLogger(__name__)
 
 
@@ -174,6 +176,9 @@ def _places(path: Path, header: list[str], wanted: _Header) -> dict[Column, int]
     must = {*wanted.needed, *wanted.named}
     lacking = [name for name in called if called[name] not in header and name in must]
     others = [name for name in header if name not in called.values()]
+    other = next((sign for sign in (";", "\t") if len(header) == 1 and sign in header[0]), None)
+    if other is not None:
+        raise DataError(f"{path}: its cells are separated by {other!r}, found {header[0][:100]}; export it with commas")
     if lacking or twice:
         form = ",".join(called[name] for name in wanted.needed)
         form += "".join(f"[,{called[name]}]" for name in wanted.optional if name in called)
@@ -207,9 +212,13 @@ def _check_patients(path: Path, others: Sequence[str], wanted: _Header, called: 
 def _fault(cells: list[str], header: Sequence[str], places: Mapping[Column, int]) -> str | None:
     if len(cells) != len(header):
         return f"has {len(cells)} cell(s), must have {len(header)} ({','.join(header)}); quote text that holds commas"
-    if not all(cells[place].isprintable() for place in places.values()):
-        return "holds control characters"
+    wanted = [cells[place] for place in places.values()]
+    odd = [cell for cell in wanted if any(unicodedata.category(letter) == "Cc" for letter in cell)]
+    if odd:
+        return f"holds control characters: {odd[0]!r}"
     empty = [name for name, place in places.items() if not cells[place]]
+    if "patient" in places and cells[places["patient"]].casefold() in _NONE:
+        return f"patient {cells[places['patient']]!r} is what programs write where there is none"
     return f"has no {' and no '.join(empty)}" if empty else None
 
 

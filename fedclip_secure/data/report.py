@@ -5,6 +5,7 @@ Everything in it stays with the silo.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,6 +63,8 @@ class DataReport:
     patients_from: str | None
     patients: int | None
     without_patient: int
+    window: tuple[int, int] | None  # under which the images were looked at
+    contents: str  # SHA-256 over those of all images, in order
     splits: Mapping[str, SplitCounts]
     smallest_class: str
     smallest: int
@@ -112,7 +115,7 @@ class Seen:
     """
 
     classes: Sequence[str]
-    split_names: Sequence[str]
+    shares: Mapping[str, float]  # of the splits, by name
     records: FeatureSet
     places: npt.NDArray[np.int64]
     patients_from: str | None
@@ -120,6 +123,7 @@ class Seen:
     paths: Sequence[str] = ()
     facts: Sequence[ImageFacts] = ()
     about_patients: Sequence[Finding] = ()
+    window: tuple[int, int] | None = None
 
 
 def make_report(seen: Seen) -> DataReport:
@@ -133,7 +137,11 @@ def make_report(seen: Seen) -> DataReport:
         patients_from=seen.patients_from,
         patients=_patients(seen, known) if seen.patients_from else None,
         without_patient=int((~known).sum()),
-        splits={name: _counts(seen, known, seen.places == number) for number, name in enumerate(seen.split_names)},
+        window=seen.window,
+        contents=""
+        if seen.records.record_ids is None
+        else hashlib.sha256(seen.records.record_ids.tobytes()).hexdigest(),
+        splits={name: _counts(seen, known, seen.places == number) for number, name in enumerate(seen.shares)},
         smallest_class=smallest[1],
         smallest=smallest[0],
         findings=(
@@ -168,7 +176,11 @@ def _counts(seen: Seen, known: npt.NDArray[np.bool_], chosen: npt.NDArray[np.boo
 _REMEDIES = {
     Reason.NO_IMAGE: ("are no image and were left out", "move them away if they are not wanted", True),
     Reason.PASSED_OVER: ("or folder(s) are hidden or a system's own, and were passed over", "", False),
-    Reason.DANGLING: ("are links to what is not there and were left out", "restore what they name", True),
+    Reason.DANGLING: (
+        "are links to what is not there, or placeholders of what was not downloaded, and were left out",
+        "restore or download what they name",
+        True,
+    ),
     Reason.SPECIAL: ("are pipes, sockets or devices and were left out", "move them away", True),
     Reason.UNUSABLE: ("cannot be used and were left out", "replace them, or move them away", True),
 }
@@ -214,11 +226,12 @@ def _equal(paths: Sequence[str], group: Sequence[int]) -> str:
     return " = ".join(paths[number] for number in group[:_EQUALS]) + more
 
 
-_MOST = f"{CLIPPED:.0%} of their pixels or more lie beyond the window's ends"
+_MOST = f"{CLIPPED:.0%} or more of what is not black is white"
 _WINDOW = "check that the plan's `model.image_window` fits this scanner, and tell the coordinator"
 _LOOKS: tuple[tuple[str, Callable[[ImageFacts], bool], str, bool], ...] = (
-    ("of one colour", lambda facts: facts.one_coloured, f"they show nothing: replace them, or {_WINDOW}", True),
+    ("of one colour, or nearly", lambda facts: facts.one_coloured, f"they show nothing: replace or {_WINDOW}", True),
     ("clipped", lambda facts: facts.clipped, f"{_MOST}: {_WINDOW}", True),
+    ("of little contrast", lambda facts: facts.of_little_contrast, f"few levels of 255 are used: {_WINDOW}", False),
     ("tiny", lambda facts: facts.tiny, f"shorter side below {TINY} pixels: are they thumbnails?", True),
     ("of several frames", lambda facts: facts.frames > 1, "the first frame counts, of DICOM's the middle one", False),
 )  # fmt: skip
@@ -233,9 +246,15 @@ def _looks(seen: Seen) -> Iterable[Finding]:
 
 
 def _untrained(seen: Seen) -> Iterable[Finding]:
-    there = np.unique(seen.records.labels)
-    trained = seen.records.labels[seen.places == seen.split_names.index("train")]
-    lost = [seen.classes[label] for label in there if label not in trained]
+    counts = [int((seen.places == number).sum()) for number in range(len(seen.shares))]
+    empty = [name for (name, share), count in zip(seen.shares.items(), counts, strict=True) if share and not count]
+    if empty and len(seen.records):
+        text = f"split(s) without any image: {some(empty)}; where few patients have all of them, none may fall there"
+        yield Finding("empty splits", len(empty), text, (), "train" in empty)
+    if "train" in empty:
+        return
+    trained = seen.records.labels[seen.places == list(seen.shares).index("train")]
+    lost = [seen.classes[label] for label in np.unique(seen.records.labels) if label not in trained]
     if lost:
-        text = f"no image to train on, of class(es) {some(lost)}: chance put all of them into other splits"
+        text = f"no image to train on, of class(es) {some(lost)}: all of them fell into other splits"
         yield Finding("classes that are not trained on", len(lost), text, (), False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,8 +24,13 @@ PATIENCE = (0.5, 2.0, 8.0)  # seconds between tries of what a share may do a mom
 _HOUSEKEEPING = frozenset({
     "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot", "$recycle.bin",
     "system volume information", "recycler", "recycled", "lost+found", "__macosx", "network trash folder",
-    "temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "trashbox", "recycle bin", "@sharebin",
+    "thevolumesettingsfolder", "_vti_cnf", "dicomdir",
 })  # fmt: skip
+# Office's locks, QNAP's bins, what chkdsk found, and streams of Windows that became files of their own.
+_HOUSEKEEPING_LIKE = re.compile(
+    r"~\$|network recycle bin|found\.\d{3}$|.*:(zone\.identifier|encryptable)$", re.IGNORECASE
+)
 
 
 @dataclass(slots=True)
@@ -39,7 +45,7 @@ class Walk:
 
 def is_housekeeping(name: str) -> bool:
     """Whether a file or folder is a system's own; hidden ones are."""
-    return name.startswith(".") or name.lower() in _HOUSEKEEPING
+    return name.startswith(".") or name.lower() in _HOUSEKEEPING or _HOUSEKEEPING_LIKE.match(name) is not None
 
 
 def walk(folder: Path) -> Walk:
@@ -109,7 +115,9 @@ def _entries(here: str) -> list[os.DirEntry[str]]:
 
 
 def _take(entry: os.DirEntry[str], found: Walk, waiting: list[str]) -> None:
-    if is_housekeeping(entry.name):
+    if entry.name.startswith(".") and entry.name.endswith(".icloud"):
+        found.dangling.append(entry.path)  # what iCloud has not downloaded
+    elif is_housekeeping(entry.name):
         found.passed_over.append(entry.path)
     else:
         lists = {"folder": waiting, "file": found.files, "dangling": found.dangling, "special": found.special}

@@ -13,7 +13,7 @@ from fedclip_secure.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windowed:
-    """`values` (H, W) uint8, and the shares of pixels, 0..1, that lay below and above the window."""
+    """`values` (H, W) uint8, and the shares of pixels, 0..1, at or beyond the window's black and its white end."""
 
     values: npt.NDArray[np.uint8]
     below: float
@@ -36,7 +36,7 @@ def to_grey(values: npt.NDArray[np.generic], path: Path, window: tuple[int, int]
             "counts; ask the coordinator to set `model.image_window: [low, high]`"
         )
     low, high = window
-    below, above = float((wide < low).mean()), float((wide > high).mean())
+    below, above = float((wide <= low).mean()), float((wide >= high).mean())
     wide -= low
     wide *= 255.0 / (high - low)
     np.clip(wide, 0.0, 255.0, out=wide)

@@ -23,10 +23,10 @@ _WAIT = 60.0  # seconds that another process's write is waited for
 # seconds. One that was modified so lately is not put into the index.
 _SETTLED_NS = 2_000_000_000
 # By the columns' names: a later version may have more of them.
-_FACTS_OF = "SELECT sha256, width, height, frames, below, above, span FROM facts WHERE decoding = ?"
+_FACTS_OF = "SELECT sha256, dicom, width, height, frames, below, above, span FROM facts WHERE decoding = ?"
 _ADD_FACTS = (
-    "INSERT OR REPLACE INTO facts (sha256, decoding, width, height, frames, below, above, span) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR REPLACE INTO facts (sha256, decoding, dicom, width, height, frames, below, above, span) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _PATIENTS_BY = "SELECT path, size, mtime_ns, unit, alike FROM patients WHERE normalise = ?"
 _ADD_PATIENTS = (
@@ -35,8 +35,8 @@ _ADD_PATIENTS = (
 _TABLES = (
     "files (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB)",
     # What is seen of an image depends on its bytes and on how they are decoded.
-    "facts (sha256 BLOB, decoding BLOB, width INTEGER, height INTEGER, frames INTEGER, below REAL, above REAL, "
-    "span INTEGER, PRIMARY KEY (sha256, decoding))",
+    "facts (sha256 BLOB, decoding BLOB, dicom INTEGER, width INTEGER, height INTEGER, frames INTEGER, "
+    "below REAL, above REAL, span INTEGER, PRIMARY KEY (sha256, decoding))",
     # Patients are kept as hashes alone. `alike`: without regard to case and zeros; both are empty without a patient.
     "patients (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, normalise TEXT, unit BLOB, alike BLOB)",
 )
@@ -124,7 +124,7 @@ class FileIndex:
         """Of each image that was seen as `decoding` (32 bytes) has it, by its SHA-256."""
         with self._told():
             found = self._connection.execute(_FACTS_OF, (decoding,))
-            return {row[0]: ImageFacts(*row[1:]) for row in found}
+            return {row[0]: ImageFacts(bool(row[1]), *row[2:]) for row in found}
 
     def add_facts(self, facts: Mapping[bytes, ImageFacts], decoding: bytes) -> None:
         """Keep what was seen of images, by their SHA-256."""

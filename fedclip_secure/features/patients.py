@@ -13,6 +13,7 @@ from pathlib import Path
 from fedclip_secure import canonical
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.dicom import patient_of
+from fedclip_secure.data.image import is_dicom_file
 from fedclip_secure.data.patients import alike, unit_of
 from fedclip_secure.data.report import EXAMPLES, Finding
 from fedclip_secure.data.walk import looked_at
@@ -27,54 +28,73 @@ _OWN = "; give them one in a CSV file at `data.patients` in silo.yaml, or set `p
 
 
 def with_dicom_patients(
-    files: Sequence[ImageFile], index_file: Path, normalise: Collection[Normalisation], *, asked: bool
+    files: Sequence[ImageFile],
+    index_file: Path,
+    normalise: Collection[Normalisation],
+    *,
+    asked: bool,
+    verify: bool = False,
 ) -> tuple[list[ImageFile], list[Finding]]:
     """`files` with the units that their PatientID gives them, and what is strange; ids are compared as by `normalise`.
 
-    A file without PatientID stays a unit of its own; where a person `asked` for PatientIDs it is refused. Neither
+    `verify`: read them again, whatever the index says. A file without PatientID stays a unit of its own; where a
+    person `asked` for PatientIDs it is refused. DICOM that cannot be parsed is left out where it is decoded. Neither
     names nor ids of patients are ever told.
 
     Raises:
         DataError: as said; a file cannot be opened; or the index cannot be used.
         ConfigError: pydicom is not installed.
     """
-    patients = _patients(files, index_file, normalise)
-    lost = [str(file.path) for file, patient in zip(files, patients, strict=True) if not patient.unit]
+    patients = _patients(files, index_file, normalise, verify=verify)
+    lost = [
+        str(file.path)
+        for file, patient in zip(files, patients, strict=True)
+        if (patient is None and not is_dicom_file(file.path)) or (patient is not None and not patient.unit)
+    ]
     if lost and asked:
         raise DataError(
             f"`data.patients: dicom` in silo.yaml: {len(lost)} of {len(files)} image(s) have no PatientID, first "
             f"{', '.join(map(repr, lost[:EXAMPLES]))}{_OWN}"
         )
-    named = [replace(file, unit=patient.unit or None) for file, patient in zip(files, patients, strict=True)]
+    named = [
+        replace(file, unit=(patient and patient.unit) or None) for file, patient in zip(files, patients, strict=True)
+    ]
     return named, list(_findings(len(files), lost, patients))
 
 
-def _patients(files: Sequence[ImageFile], index_file: Path, normalise: Collection[Normalisation]) -> list[Patient]:
+def _patients(
+    files: Sequence[ImageFile], index_file: Path, normalise: Collection[Normalisation], *, verify: bool
+) -> list[Patient | None]:
+    """None for a file that cannot be parsed."""
     how, paths = ",".join(normalise), [file.path for file in files]
     with closing(FileIndex(index_file)) as index, ThreadPoolExecutor(_READERS) as pool:
-        known = index.patients(paths, how)
+        known: list[Patient | None] = [None] * len(paths) if verify else index.patients(paths, how)
         todo = [number for number, patient in enumerate(known) if patient is None]
         for start in range(0, len(todo), _AT_ONCE):
             part = todo[start : start + _AT_ONCE]
             found = list(pool.map(lambda number: _read(paths[number], normalise), part))
-            index.add_patients([(paths[number], *one) for number, one in zip(part, found, strict=True)], how)
             for number, (_, patient) in zip(part, found, strict=True):
                 known[number] = patient
-    return [patient or _NOBODY for patient in known]
+            index.add_patients(
+                [(paths[n], seen, one) for n, (seen, one) in zip(part, found, strict=True) if one is not None], how
+            )
+    return known
 
 
-def _read(path: Path, normalise: Collection[Normalisation]) -> tuple[os.stat_result, Patient]:
+def _read(path: Path, normalise: Collection[Normalisation]) -> tuple[os.stat_result, Patient | None]:
     seen, patient = looked_at(path.stat, path), patient_of(path)
+    if patient is None:
+        return seen, None
     unit = unit_of(patient, normalise)
     if unit is None:
         return seen, _NOBODY
     return seen, Patient(unit, canonical.digest("fedclip/v1/patient-alike", alike(patient)))
 
 
-def _findings(files: int, lost: Sequence[str], patients: Sequence[Patient]) -> Iterator[Finding]:
+def _findings(files: int, lost: Sequence[str], patients: Sequence[Patient | None]) -> Iterator[Finding]:
     units = defaultdict[bytes, set[bytes]](set)
     for patient in patients:
-        if patient.unit:
+        if patient and patient.unit:
             units[patient.alike].add(patient.unit)
     groups, named = sum(len(group) > 1 for group in units.values()), files - len(lost)
     if lost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import EmbeddingsData, FolderData, ManifestData, SiloConfig
 from fedclip_secure.data.dataset import FeatureSet, Task, places_of
 from fedclip_secure.data.embeddings import read_embeddings
+from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import is_dicom_file
 from fedclip_secure.data.listing import LeftOut, Listing, Reason
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.data.page import EACH_CLASS, render_page, thumbnail
-from fedclip_secure.data.report import JSON, LEFT_OUT, PAGE, DataReport, Finding, Seen, make_report
+from fedclip_secure.data.report import EXAMPLES, JSON, LEFT_OUT, PAGE, DataReport, Finding, Seen, make_report
 from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.features.encoder import Encoder
@@ -62,9 +63,9 @@ def read_silo_data(
             "silo.yaml: data.format: the plan's model is external and no encoder runs here; set `embeddings`"
         )
     features = Path(silo.workdir, "features")
-    listed = _listed(silo.data, plan, features / INDEX_NAME)
+    listed = _listed(silo.data, plan, features / INDEX_NAME, verify=options.verify)
     found = extract(listed.listing.files, encoder, features, progress, options)
-    seen = _seen(listed, found, plan, task.classes)
+    seen = _seen(listed, found, plan, task.classes, encoder.window)
     report = make_report(seen)
     _write(Path(silo.workdir), silo.name, report, seen, encoder.window)
     if silo.data.strict:
@@ -79,9 +80,10 @@ def _of_embeddings(data: EmbeddingsData, plan: FederationPlan, task: Task, optio
             "are features; set `folder` or `manifest`"
         )
     features = read_embeddings(Path(data.path), task.classes, task.text_features.shape[1])
-    places, names = places_of(features, plan.federation, plan.splits.model_dump()), list(plan.splits.model_dump())
+    shares = plan.splits.model_dump()
+    places = places_of(features, plan.federation, shares)
     patients_from = "ids" if data.ids == "patient" else None
-    return SiloData(features, make_report(Seen(task.classes, names, features, places, patients_from)))
+    return SiloData(features, make_report(Seen(task.classes, shares, features, places, patients_from)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +93,22 @@ class _Listed:
     listing: Listing
     patients_from: str | None = None
     findings: Sequence[Finding] = ()
+    undecided: bool = False  # nobody names patients, and no person said so
 
 
-def _listed(data: FolderData | ManifestData, plan: FederationPlan, index: Path) -> _Listed:
+def _listed(data: FolderData | ManifestData, plan: FederationPlan, index: Path, *, verify: bool) -> _Listed:
     listing, asked = _found(data, tuple(plan.classes)), data.patients.dicom
     if any(file.unit is not None for file in listing.files):
         return _Listed(listing, "csv")
     dicom = [] if asked is False else [is_dicom_file(file.path) for file in listing.files]
     if asked is None and any(dicom) and not all(dicom):
-        return _Listed(listing, None, [_some_dicom(sum(dicom), len(dicom))])
+        return _Listed(listing, None, [_some_dicom(sum(dicom), len(dicom))], undecided=True)
     if not asked and not any(dicom):
-        return _Listed(listing)
+        return _Listed(listing, undecided=asked is None)
     _check_asked(data, plan)
-    listing.files, strange = with_dicom_patients(listing.files, index, data.patients.normalise, asked=asked is not None)
+    listing.files, strange = with_dicom_patients(
+        listing.files, index, data.patients.normalise, asked=asked is not None, verify=verify
+    )
     return _Listed(listing, "dicom", strange)
 
 
@@ -142,21 +147,36 @@ def _columns(data: ManifestData) -> Mapping[Column, str]:
     return data.columns if data.patients.dicom is None else {**data.columns, "patient": ""}
 
 
-def _seen(listed: _Listed, found: Extraction, plan: FederationPlan, classes: Sequence[str]) -> Seen:
-    shares = plan.splits.model_dump()
+def _seen(
+    listed: _Listed, found: Extraction, plan: FederationPlan, classes: Sequence[str], window: tuple[int, int] | None
+) -> Seen:
+    shares, paths = plan.splits.model_dump(), [file.path for file in listed.listing.files]
     broken = {image.number for image in found.broken}
+    used = [path for number, path in enumerate(paths) if number not in broken]
     left_out = [LeftOut(str(image.path), Reason.UNUSABLE, image.reason) for image in found.broken]
     return Seen(
         classes,
-        list(shares),
+        shares,
         found.features,
         places_of(found.features, plan.federation, shares),
         listed.patients_from,
         [*listed.listing.left_out, *left_out],
-        [str(file.path) for number, file in enumerate(listed.listing.files) if number not in broken],
+        [str(path) for path in used],
         found.facts,
-        listed.findings,
+        [*listed.findings, *(_disguised(used, found.facts) if listed.undecided else ())],
+        window,
     )
+
+
+def _disguised(paths: Sequence[Path], facts: Sequence[ImageFacts]) -> Iterator[Finding]:
+    """What is DICOM is known by its name before it is read, and by its bytes afterwards."""
+    found = [str(path) for path, seen in zip(paths, facts, strict=True) if seen.dicom and not is_dicom_file(path)]
+    if found:
+        text = (
+            f"{len(found)} image(s) are DICOM under the name of another format, and their PatientID is not read: "
+            "rename them to .dcm, or name their patients in a CSV file at `data.patients` in silo.yaml"
+        )
+        yield Finding("DICOM under another name", len(found), text, tuple(found[:EXAMPLES]), refused=True)
 
 
 def _write(workdir: Path, silo: str, report: DataReport, seen: Seen, window: tuple[int, int] | None) -> None:
@@ -164,7 +184,7 @@ def _write(workdir: Path, silo: str, report: DataReport, seen: Seen, window: tup
     said = json.dumps(report.as_json(), indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
     listed = _as_csv(report.left_out)
     files = {workdir / LEFT_OUT: listed, workdir / JSON: said}
-    if all(_holds(path, data) for path, data in files.items()) and (workdir / PAGE).is_file():
+    if all(_holds(path, data) for path, data in files.items()) and _is_whole(workdir / PAGE):
         return
     by_class = _some_of_each(seen)
     shown = {path for paths in by_class.values() for path in paths}
@@ -173,6 +193,11 @@ def _write(workdir: Path, silo: str, report: DataReport, seen: Seen, window: tup
     page = render_page(report, silo, by_class, thumbnails)
     for path, data in {workdir / PAGE: page.encode("utf-8", "backslashreplace"), **files}.items():
         write_atomically(path, data, _MODE)
+
+
+def _is_whole(page: Path) -> bool:
+    with telling(page):
+        return page.is_file() and page.read_bytes().endswith(b"</html>")
 
 
 def _holds(path: Path, data: bytes) -> bool:

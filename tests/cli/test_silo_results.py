@@ -164,7 +164,7 @@ def test_predict_refuses_what_is_not_there(home: Home, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     home.refused("empty: no image there", "predict", str(tmp_path / "empty"))
     dog = str(next(Path(read_silo(home.folder / "silo.yaml").data.path).glob("dog/*")))
-    home.refused("taken: cannot be written", "predict", dog, "--output", str(taken(tmp_path)))
+    home.refused("taken': cannot be written", "predict", dog, "--output", str(taken(tmp_path)))
 
 
 def taken(folder: Path) -> Path:

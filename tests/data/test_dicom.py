@@ -190,6 +190,32 @@ def test_empty_slope_or_intercept_is_none(tmp_path: Path, tag: str) -> None:
     assert grey(dicom(tmp_path / "a.dcm", np.array([[0, 4095]], np.uint16), **tags), (0, 4095)) == [0, 255]
 
 
+def test_slope_of_an_enhanced_file_is_that_of_its_frame_or_of_all(tmp_path: Path) -> None:
+    frames = np.stack([np.full((2, 2), value, np.uint16) for value in (0, 1000, 2000)])
+    per, shared = Dataset(), Dataset()
+    for group, slope, intercept in ((per, "1", "-1000"), (shared, "1", "-500")):
+        change = Dataset()
+        change.RescaleSlope, change.RescaleIntercept = slope, intercept
+        group.PixelValueTransformationSequence = [change]
+    stored: dict[str, Any] = {"NumberOfFrames": 3, "PixelData": frames.tobytes()}
+    window = (-1000, 1000)
+    assert grey(dicom(tmp_path / "a.dcm", frames[0], **stored), window) == [255, 255]
+    one = dicom(tmp_path / "b.dcm", frames[0], SharedFunctionalGroupsSequence=[shared], **stored)
+    assert grey(one, window) == [191, 191]
+    every: dict[str, Any] = {
+        "SharedFunctionalGroupsSequence": [shared],
+        "PerFrameFunctionalGroupsSequence": [Dataset(), per, Dataset()],
+    }
+    assert grey(dicom(tmp_path / "c.dcm", frames[0], **every, **stored), window) == [128, 128]
+
+
+def test_empty_lut_and_signed_bytes_are_no_reason_for_the_window(tmp_path: Path) -> None:
+    shallow = np.array([[0, 20, 221, 255]], np.uint8)
+    assert grey(dicom(tmp_path / "a.dcm", shallow, ModalityLUTSequence=[]), (0, 4095)) == [0, 20, 221, 255]
+    signed = np.array([[-128, 0, 127]], np.int8)
+    assert grey(dicom(tmp_path / "b.dcm", signed), (0, 4095)) == [0, 128, 255]
+
+
 def test_file_without_a_preamble_is_read(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", np.array([[0, 4095]], np.uint16))
     path.write_bytes(path.read_bytes()[132:])

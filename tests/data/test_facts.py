@@ -32,7 +32,7 @@ def facts(data: bytes, window: tuple[int, int] | None = (0, 4095), name: str = "
 
 def test_window_that_does_not_fit_is_seen_in_what_came_out() -> None:
     found = facts(png(FULL_RANGE))
-    assert (found.above, found.below, found.span) == (1.0, 0.0, 0)
+    assert (found.above, found.below, found.span, found.dicom) == (1.0, 0.0, 0, False)
     assert found.one_coloured
     assert found.clipped
     assert not found.tiny
@@ -61,9 +61,16 @@ def test_air_around_a_patient_is_no_fault() -> None:
 def test_window_within_which_nothing_lies_is_seen_though_both_ends_are_hit() -> None:
     pixels = RANDOM.integers(500, 4000, (64, 64), dtype=np.uint16)
     pixels[:28] = 0  # air
-    found = facts(png(pixels), (1, 255))
+    found = facts(png(pixels), (0, 255))
     assert (found.below, found.above, found.span) == (28 / 64, 36 / 64, 255)
     assert found.clipped
+
+
+def test_window_that_is_far_too_wide_leaves_little_contrast() -> None:
+    assert facts(png(FULL_RANGE // 16), (0, 65535)).one_coloured, "16 levels of 255"
+    found = facts(png(FULL_RANGE // 60), (0, 4095))
+    assert found.of_little_contrast
+    assert not found.one_coloured
 
 
 def test_marker_on_a_black_image_is_no_picture_and_a_coloured_one_is_one() -> None:

@@ -85,7 +85,8 @@ def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
     [
         ("", "found nothing"),
         ("a.png,cat", r"must be path,label\[,patient\], separated by commas, found a\.png,cat"),
-        ("path;label", "found path;label"),
+        ("path;label", "its cells are separated by ';', found path;label; export it with commas"),
+        ("path\tlabel", r"its cells are separated by '\\t', found path"),
         ("path", "found path"),
         ("path,label,path", "found path,label,path"),
         (
@@ -188,7 +189,21 @@ def test_columns_go_by_the_names_that_silo_yaml_gives_them(tmp_path: Path) -> No
         read_manifest(path, Path("/images"), CLASSES, columns={**named, "path": "FileName"})
 
 
-@pytest.mark.parametrize("column", ["PatientID", "patient_id", "subject", "MRN", "patinet", "Patients"])
+def test_letters_of_all_languages_and_spaces_of_all_widths_are_taken(tmp_path: Path) -> None:
+    names = ["1.00\u202fPM.png", "a\u00a0b.png", "\u3000肺.png", "\U0001f468\u200d\u2695.png"]
+    text = "path,label\n" + "".join(f"{name},{('cat', 'dog')[n % 2]}\n" for n, name in enumerate(names))
+    assert [file.path.name for file in read(tmp_path, text)] == [*names[:2], "肺.png", names[3]]
+
+
+@pytest.mark.parametrize("patient", ["NaN", "none", "NULL", "n/a"])
+def test_what_programs_write_for_none_is_no_patient(tmp_path: Path, patient: str) -> None:
+    with pytest.raises(DataError, match=rf"line 2: patient '{patient}' is what programs write where there is none"):
+        read(tmp_path, f"path,label,patient\na.png,cat,{patient}\nb.png,dog,p\n")
+
+
+@pytest.mark.parametrize(
+    "column", ["mrn_hash", "person_id", "PatientID", "patient_id", "subject", "MRN", "patinet", "Patients"]
+)
 def test_column_that_seems_to_name_patients_is_not_passed_over(tmp_path: Path, column: str) -> None:
     text = f"path,label,{column}\na.png,cat,p\nb.png,dog,p\n"
     with pytest.raises(DataError, match=rf"'{column}' seems to name patients.*`data\.columns: {{patient: {column}}}`"):

@@ -81,7 +81,21 @@ def test_sites_that_may_not_be_listed_are_no_empty_sites(root: Path, monkeypatch
         folders_in(root)
 
 
-HOUSEKEEPING = ["@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "System Volume Information", "lost+found", "@Recycle"]
+HOUSEKEEPING = [
+    "~$a.png",
+    "FOUND.000",
+    "Network Recycle Bin 1",
+    "a.png:Zone.Identifier",
+    "trashbox",
+    "_vti_cnf",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "__MACOSX",
+    "System Volume Information",
+    "lost+found",
+    "@Recycle",
+]
 
 
 def test_what_systems_leave_is_neither_an_image_nor_a_class_nor_a_site(root: Path) -> None:
@@ -115,6 +129,17 @@ def test_links_that_lead_nowhere_are_left_out_and_said(root: Path) -> None:
     assert len(found.files) == 3
     assert found.left_out == [LeftOut(str(root / "cat/gone.png"), Reason.DANGLING)]
     assert walk(root).dangling == [str(root / "cat/gone.png")]
+
+
+def test_placeholder_of_what_was_not_downloaded_is_missing_data(root: Path) -> None:
+    (root / "cat/.scan.png.icloud").write_bytes(b"x")
+    assert read_folder(root, CLASSES).left_out == [LeftOut(str(root / "cat/.scan.png.icloud"), Reason.DANGLING)]
+
+
+def test_class_folder_on_a_share_that_is_not_mounted_is_named(root: Path) -> None:
+    (root / "cow").symlink_to(root / "mnt/gone")
+    with pytest.raises(DataError, match="cow': is a link to what is not there; mount or restore what it names"):
+        read_folder(root, (*CLASSES, "cow"))
 
 
 def test_class_folder_copied_from_a_mac_is_the_plans_class(tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def plan_for(
 ) -> FederationPlan:
     changes = {"model": model, "method": {"name": method, **options}, "classes": {"round": "a | disc", "long": "a rod"},
                "templates": ["a micrograph of {}", "{}"], "initial": None, "secure_aggregation": {}}  # fmt: skip
-    training = ONCE if method in {"private_prototypes", "discriminant"} else PLAN["training"]
-    return check({**PLAN, **changes, "training": training}, FederationPlan, "plan")
+    if method in {"private_prototypes", "discriminant"}:
+        changes |= {"training": ONCE, "secure_aggregation": {"coordinate_clip": 10_000.0, "weights": "equal"}}
+    return check({**PLAN, **changes}, FederationPlan, "plan")
 
 
 def prepared(plan: FederationPlan, home: Path, moved: float = 0.02) -> tuple[Contract, AdapterState]:

@@ -82,5 +82,5 @@ def test_file_holds_the_accuracy_and_a_folder_in_its_place_is_named(tmp_path: Pa
     assert "best adapter (after round 3), test split" in found
     assert "7 of 8 right, 87.5%" in found
     (tmp_path / "taken").mkdir()
-    with pytest.raises(DataError, match="taken: cannot be written"):
+    with pytest.raises(DataError, match="taken': cannot be written"):
         save_confusion(tmp_path / "taken", evaluation, "a title")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import Contract
@@ -48,14 +49,14 @@ class House:
     def scan(self, name: str, patient: str, **tags: Any) -> Path:
         return dicom(self.images / name, RANDOM.integers(0, 4096, (48, 48), dtype=np.uint16), PatientID=patient, **tags)
 
-    def read(self, **data: Any) -> Inputs:
+    def read(self, *, verify: bool = False, **data: Any) -> Inputs:
         for path in self.images.rglob("*"):
             if path.is_file():
                 os.utime(path, (time.time() - 3600,) * 2)
         wanted = {"format": "folder", "path": str(self.images), **data}
         settings = {"name": "house", "data": wanted, "workdir": str(self.work), "device": "cpu"}
         silo = check({**settings, "weights": str(self.weights)}, SiloConfig, "silo.yaml")
-        return load_inputs(silo, self.contract, lambda _: None)
+        return load_inputs(silo, self.contract, lambda _: None, verify=verify)
 
     def report(self, **data: Any) -> DataReport:
         report = self.read(**data).report
@@ -124,7 +125,8 @@ def test_all_that_is_left_out_is_in_the_report_and_in_the_list(house: House) -> 
     assert rows[4][2].endswith("torn.png: cannot be read as an image (not an image); replace it or move it away")
     assert [Path(said.splitlines()[0]).name for said in report.warnings()] == [
         "1 file(s) are no image and were left out (1 x .txt); move them away if they are not wanted",
-        "1 file(s) are links to what is not there and were left out; restore what they name",
+        "1 file(s) are links to what is not there, or placeholders of what was not downloaded, and were left out; "
+        "restore or download what they name",
         "1 file(s) cannot be used and were left out; replace them, or move them away",
     ]
 
@@ -171,8 +173,8 @@ def test_images_of_which_a_window_left_nothing_are_found(house: House) -> None:
         Image.fromarray(pixels).save(house.images / f"cat/deep{number}.png")
     house.picture("dog/tiny.png", size=20)
     report = house.report()
-    assert kinds(report) == {"of one colour": 3, "clipped": 3, "tiny": 1}
-    assert report.findings[0].text.startswith("3 of 28 image(s) (11%) are of one colour; ")
+    assert kinds(report) == {"of one colour, or nearly": 3, "clipped": 3, "tiny": 1}
+    assert report.findings[0].text.startswith("3 of 28 image(s) (11%) are of one colour, or nearly; ")
     assert "model.image_window" in report.findings[0].text
     assert kinds(house.report()) == kinds(report), "what was seen is kept with the features"
 
@@ -238,6 +240,56 @@ def test_picture_without_an_extension_in_a_manifest_is_no_dicom(house: House, tm
     assert (report.used, report.patients, report.findings) == (6, None, report.findings[:0])
 
 
+def test_dicom_under_another_name_is_told(house: House) -> None:
+    pictures(house)
+    for number in range(3):
+        house.scan(f"cat/{number}.dcm", "p").rename(house.images / f"cat/scan{number}.png")
+    (text,) = [text for text in house.report().warnings() if "DICOM" in text]
+    assert text.startswith("3 image(s) are DICOM under the name of another format, and their PatientID is not read")
+    assert not house.report(patients="none").warnings()
+
+
+def test_one_patient_for_all_leaves_splits_empty_which_is_told(house: House) -> None:
+    for number in range(12):
+        house.scan(f"{CLASSES[number % 2]}/{number}.dcm", "ANON")
+    report = house.report()
+    assert {"one PatientID for all", "empty splits"} <= set(kinds(report))
+    assert sorted(split.images for split in report.splits.values()) == [0, 0, 12]
+
+
+def test_torn_dicom_is_left_out_where_patients_are_asked_of_dicom(house: House) -> None:
+    scans(house)
+    (house.images / "cat/torn.dcm").write_bytes(b"torn")
+    report = house.report(patients="dicom")
+    assert kinds(report)["left out: cannot be used"] == 1
+    assert report.patients == 12
+
+
+def test_verify_reads_patients_again(house: House) -> None:
+    scans(house, 4, 3)
+    assert house.report().patients == 4
+    for path in house.images.rglob("*.dcm"):
+        file = dcmread(path)
+        file.PatientID = "P0"
+        file.save_as(path)
+    assert house.report().patients == 4, "size and time are as they were"
+    assert house.report(verify=True).patients == 1
+
+
+def test_page_shows_images_as_they_are_now(house: House) -> None:
+    pictures(house)
+    house.read()
+    page = house.work / PAGE
+    before = page.read_bytes()
+    house.picture("cat/00.png")
+    house.read(verify=True)
+    after = page.read_bytes()
+    assert after != before
+    page.write_bytes(b"")
+    house.read()
+    assert page.read_bytes() == after
+
+
 def test_promise_for_each_patient_rests_on_patient_id_only_where_a_person_says_so(house: House) -> None:
     scans(house)
     privacy = PrivacyPlan(
@@ -301,7 +353,7 @@ def test_strict_refuses_what_is_wrong_and_the_report_is_there_to_look_at(house: 
     (house.images / "dog/notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"(?s)not as `strict` asks.*notes\.txt.*of one colour.*black\.png"):
         house.read(strict=True)
-    assert kinds(house.report()) == {"left out: no image": 1, "of one colour": 1}
+    assert kinds(house.report()) == {"left out: no image": 1, "of one colour, or nearly": 1}
     assert "black.png" in (house.work / PAGE).read_text()
 
 
@@ -312,7 +364,7 @@ def test_page_and_json_are_for_the_house_alone_and_written_when_something_change
     page, said = house.work / PAGE, json.loads((house.work / JSON).read_text())
     assert page.stat().st_mode & 0o077 == 0
     assert said["used"] == 25
-    assert said["findings"][0]["kind"] == "of one colour"
+    assert said["findings"][0]["kind"] == "of one colour, or nearly"
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,") == 6 + 6 + 1
     assert "<b>&.png" not in text
