@@ -147,8 +147,8 @@ def at_the_clock(difference: timedelta) -> Handler:
             -1,
             -1.5,
             r"this machine's clock says .* UTC, and the server's .* UTC, at which its certificate is valid: they "
-            r"differ by 90 minutes\. Nothing vouches for the server's: compare both with a third \(`timedatectl`, a phone\) "
-            "and set the wrong one$",
+            r"differ by 90 minutes\. Nothing vouches for the server's: compare both with a third \(`timedatectl`, a "
+            r"phone\) and set the wrong one$",
         ),
         (
             1,
