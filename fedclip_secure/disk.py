@@ -21,6 +21,7 @@ from typing import BinaryIO
 from fedclip_secure.errors import DataError
 
 Refusal = OSError | sqlite3.Error
+_TRIAL = ".fedclip-trial-"  # how the name of a file of a moment begins
 _LOCK_POLL = 0.05  # seconds between two tries for a lock
 
 
@@ -152,7 +153,7 @@ def check_disk(folder: Path, otherwise: str, *, private: bool = False) -> None:
         DataError: one of these does not hold.
     """
     try:
-        with tempfile.NamedTemporaryFile(dir=_nearest(folder), prefix=".fedclip-trial-") as file:
+        with tempfile.NamedTemporaryFile(dir=_nearest(folder), prefix=_TRIAL) as file:
             _try_locks(file.fileno())
             mode = stat.S_IMODE(Path(file.name).stat().st_mode)
     except OSError as error:
@@ -232,6 +233,15 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"#{uid}"
+
+
+def owner_of_new(folder: Path) -> int | None:
+    """The user to whom a file belongs that this process makes in `folder`; on many shares not its own."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=_TRIAL) as file:
+            return Path(file.name).stat().st_uid
+    except OSError:
+        return None
 
 
 def owner_of(path: Path) -> int | None:

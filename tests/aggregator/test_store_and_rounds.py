@@ -8,6 +8,7 @@ import re
 import sqlite3
 import stat
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedclip_secure import canonical, disk
+from fedclip_secure import canonical
 from fedclip_secure.aggregator.attempt import LiveAttempt
 from fedclip_secure.aggregator.complaints import excluded
 from fedclip_secure.aggregator.rounds import Rounds
@@ -122,7 +123,7 @@ def test_a_status_that_looks_just_then_does_not_keep_a_server_from_starting(
     path.touch()
     looking = path.open("rb")
     fcntl.flock(looking, fcntl.LOCK_SH)
-    monkeypatch.setattr(disk.time, "sleep", lambda _: looking.close())
+    monkeypatch.setattr(time, "sleep", lambda _: looking.close())
     store.lock().close()
     assert looking.closed
     store.close()
