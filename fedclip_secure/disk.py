@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -19,6 +21,8 @@ from typing import BinaryIO
 from fedclip_secure.errors import DataError
 
 Refusal = OSError | sqlite3.Error
+_TRIAL = ".fedclip-trial-"  # how the name of a file of a moment begins
+_LOCK_POLL = 0.05  # seconds between two tries for a lock
 
 
 def _numbers(names: str) -> frozenset[int]:
@@ -26,7 +30,11 @@ def _numbers(names: str) -> frozenset[int]:
     return frozenset(getattr(errno, name) for name in names.split() if hasattr(errno, name))
 
 
-PASSING = _numbers("EIO ESTALE ETIMEDOUT EAGAIN EINTR")  # may do a moment later
+# May do a moment later. The second line is what a mount through the network says (sshfs, Gluster, CIFS).
+PASSING = _numbers(
+    "EIO ESTALE ETIMEDOUT EAGAIN EINTR "
+    "ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ECONNABORTED ECONNRESET ECONNREFUSED"
+)
 
 
 class Meaning(Enum):
@@ -50,13 +58,15 @@ _ERRNOS = {
         Meaning.READ_ONLY: _numbers("EROFS"),
         Meaning.FAILING: PASSING | _numbers("EREMOTEIO ENODEV ENXIO"),
         Meaning.FULL: _numbers("ENOSPC EDQUOT EFBIG"),
-        Meaning.NO_LOCKS: _numbers("ENOLCK EOPNOTSUPP"),
+        Meaning.NO_LOCKS: _numbers("ENOLCK EOPNOTSUPP ENOTSUP ENOSYS"),
         Meaning.BUSY: _numbers("EBUSY"),
         Meaning.TOO_MANY_FILES: _numbers("EMFILE ENFILE"),
     }.items()
     for number in numbers
 }
-# Codes that no damage of the database gives. SQLITE_ERROR, _CORRUPT, _NOTADB and all others are what the file holds.
+FAULTS_OF_OURS = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)  # never the file's
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_SAYS_DAMAGE = re.compile(r"no such (table|column)|has no column|malformed|unsupported file format|Could not decode")
 _SQLITE = {
     sqlite3.SQLITE_PERM: Meaning.PERMISSION,
     sqlite3.SQLITE_READONLY: Meaning.PERMISSION,
@@ -121,8 +131,16 @@ def meaning_of(error: Refusal, path: Path) -> Meaning:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Whether a database is no sound one, and not merely out of reach."""
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF not in _SQLITE
+    """Whether a database is no sound one, and not merely out of reach.
+
+    So is every bare `sqlite3.DatabaseError` without a code, which this package raises over what it reads.
+    """
+    code = getattr(error, "sqlite_errorcode", None)
+    if type(error) is sqlite3.DatabaseError and code is None:
+        return True
+    if code is None or code & 0xFF == sqlite3.SQLITE_ERROR:
+        return not isinstance(error, FAULTS_OF_OURS) and _SAYS_DAMAGE.search(str(error)) is not None
+    return code & 0xFF in _DAMAGE
 
 
 def check_disk(folder: Path, otherwise: str, *, private: bool = False) -> None:
@@ -135,7 +153,7 @@ def check_disk(folder: Path, otherwise: str, *, private: bool = False) -> None:
         DataError: one of these does not hold.
     """
     try:
-        with tempfile.NamedTemporaryFile(dir=_nearest(folder), prefix=".fedclip-trial-") as file:
+        with tempfile.NamedTemporaryFile(dir=_nearest(folder), prefix=_TRIAL) as file:
             _try_locks(file.fileno())
             mode = stat.S_IMODE(Path(file.name).stat().st_mode)
     except OSError as error:
@@ -152,18 +170,18 @@ def check_disk(folder: Path, otherwise: str, *, private: bool = False) -> None:
         )
 
 
-def lock_file(path: Path, held: str) -> BinaryIO:
+def lock_file(path: Path, held: str, patience: float = 0.0) -> BinaryIO:
     """Hold the lock of a file, made if it is missing, while what is returned is open.
+
+    For `patience` seconds it is tried again: `is_locked` of another process holds it for a moment.
 
     Raises:
         DataError: `held`, where another process holds it; or the disk refuses.
     """
-    import fcntl  # noqa: PLC0415 - not on Windows, where reports are verified without any lock
-
     file = None
     try:
         file = path.open("ab")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, time.monotonic() + patience)
     except OSError as error:
         if file is not None:
             file.close()
@@ -171,6 +189,20 @@ def lock_file(path: Path, held: str) -> BinaryIO:
             held if isinstance(error, BlockingIOError) else refused(error, path, "be locked", "choose another folder")
         ) from error
     return file
+
+
+def _lock(file: BinaryIO, until: float) -> None:
+    import fcntl  # noqa: PLC0415 - not on Windows, where reports are verified without any lock
+
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_LOCK_POLL)
+        else:
+            return
 
 
 def is_locked(path: Path) -> bool:
@@ -201,6 +233,15 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"#{uid}"
+
+
+def owner_of_new(folder: Path) -> int | None:
+    """The user to whom a file belongs that this process makes in `folder`; on many shares not its own."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=_TRIAL) as file:
+            return Path(file.name).stat().st_uid
+    except OSError:
+        return None
 
 
 def owner_of(path: Path) -> int | None:

@@ -30,10 +30,15 @@ _EXTRAS = {  # of top-level modules: those of the packages that pyproject.toml l
 
 def install_command(extra: str) -> str:
     """What installs the packages of `extra` beside this program, as shells of POSIX systems and of Windows read it."""
-    pattern = re.compile(rf"""\s*;\s*extra\s*==\s*['"]{extra}['"]\s*$""")
-    found = [pattern.sub("", line) for line in requires(_DISTRIBUTION) or () if pattern.search(line)]
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
-    return " ".join([python, "-m pip install", *(f'"{package}"' for package in found)])
+    return " ".join([python, "-m pip install", *(f'"{package}"' for package in _packages(extra))])
+
+
+def _packages(extra: str) -> list[str]:
+    """The requirements of `extra`, each with the rest of its marker; in single quotes, to stand in double ones."""
+    of_extra = re.compile(rf"""(\s*;|\s+and)\s+\(?extra\s*==\s*['"]{extra}['"]\)?\s*$""")
+    listed = [line for line in requires(_DISTRIBUTION) or () if of_extra.search(line)]
+    return [of_extra.sub("", line).replace('"', "'") for line in listed]
 
 
 def lacking(error: ImportError) -> str | None:
@@ -54,4 +59,7 @@ def check_installed(extra: str, what: str) -> None:
 
 
 def _remedy(module: str) -> str:
-    return f"the package {module!r} is not installed here; run `{install_command(_EXTRAS[module])}`"
+    missing, extra = f"the package {module!r} is not installed here", _EXTRAS[module]
+    if not _packages(extra):
+        return f"{missing}; install this program again from where it came from, with its extra `{extra}`"
+    return f"{missing}; run `{install_command(extra)}`"

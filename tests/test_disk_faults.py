@@ -40,7 +40,7 @@ from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import is_image, load_image
 from fedclip_secure.data.manifest import read_manifest
 from fedclip_secure.data.synthetic import write_lab
-from fedclip_secure.disk import check_disk
+from fedclip_secure.disk import Meaning, check_disk, is_damage, meaning_of
 from fedclip_secure.errors import FedClipError
 from fedclip_secure.export import folder as export_folder
 from fedclip_secure.export.facts import read_facts
@@ -523,6 +523,52 @@ def test_database_that_the_disk_refuses_is_not_called_damaged(disk: Disk, place:
     assert _WORDS[number] in said
     assert not _NEVER.search(said), said
     assert path.is_file()
+
+
+def _database_error(kind: type[sqlite3.Error], code: int | None, said: str = "what SQLite says") -> sqlite3.Error:
+    error = kind(said)
+    if code is not None:
+        error.sqlite_errorcode = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "damage"),
+    [
+        (_database_error(sqlite3.DatabaseError, sqlite3.SQLITE_CORRUPT), True),
+        (_database_error(sqlite3.DatabaseError, sqlite3.SQLITE_CORRUPT_INDEX), True),
+        (_database_error(sqlite3.DatabaseError, sqlite3.SQLITE_NOTADB), True),
+        (_database_error(sqlite3.DatabaseError, None, "it is no journal"), True),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_ERROR, "no such table: epoch"), True),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_ERROR, "no such column: wire"), True),
+        (_database_error(sqlite3.OperationalError, None, "Could not decode to UTF-8 column 'silo'"), True),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_ERROR, "cannot commit"), False),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_NOMEM), False),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_INTERRUPT), False),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_NOLFS), False),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_SCHEMA), False),
+        (_database_error(sqlite3.OperationalError, sqlite3.SQLITE_ABORT), False),
+        (_database_error(sqlite3.InterfaceError, sqlite3.SQLITE_MISUSE), False),
+        (_database_error(sqlite3.IntegrityError, sqlite3.SQLITE_CONSTRAINT), False),
+        (_database_error(sqlite3.ProgrammingError, None, "Cannot operate on a closed database."), False),
+    ],
+    ids=str,
+)
+def test_only_what_the_file_holds_is_damage_of_a_database(error: sqlite3.Error, damage: bool) -> None:
+    assert is_damage(error) is damage
+
+
+@pytest.mark.parametrize(
+    ("names", "meaning"),
+    [
+        ("ENOLCK EOPNOTSUPP ENOTSUP ENOSYS", Meaning.NO_LOCKS),
+        ("EIO ESTALE ENOTCONN EHOSTDOWN EHOSTUNREACH ECONNABORTED ECONNRESET ECONNREFUSED", Meaning.FAILING),
+    ],
+)
+def test_what_shares_and_disks_of_the_network_say_is_known(names: str, meaning: Meaning, tmp_path: Path) -> None:
+    for name in names.split():
+        number = getattr(errno, name)
+        assert meaning_of(OSError(number, os.strerror(number)), tmp_path) is meaning
 
 
 @pytest.mark.parametrize("place", [place for place in WRITES if "lock of" in place.name], ids=lambda place: place.name)

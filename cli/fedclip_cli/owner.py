@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from fedclip_secure.config.silo import SiloConfig, read_silo
-from fedclip_secure.disk import owner_of, user_name
+from fedclip_secure.disk import owner_of, owner_of_new, user_name
 from fedclip_secure.errors import ConfigError
 
 
@@ -21,12 +21,21 @@ def check_owner(*folders: Path) -> None:
     """
     for folder in folders if os.geteuid() == 0 else ():
         owner = owner_of(folder) if folder.exists() else 0
-        if owner:
-            user, command = user_name(owner), click.get_current_context().command_path
+        if owner and owner_of_new(folder) != owner:  # a share that makes them alike keeps nobody out
             raise ConfigError(
-                f"'{folder}': belongs to user '{user}', who could not use what root writes there; run it as that user: "
-                f"sudo -u {shlex.quote(user)} {command}"
+                f"'{folder}': belongs to user '{user_name(owner)}', who could not use what root writes there; run it "
+                f"as that user: {_as_user(owner, folder.stat().st_gid)}"
             )
+
+
+def _as_user(owner: int, group: int) -> str:
+    user, command = user_name(owner), click.get_current_context().command_path
+    if user != f"#{owner}":
+        return f"sudo -u {shlex.quote(user)} {command}"
+    return (
+        f"in a container `docker run --user {owner}:{group}`, else `setpriv --reuid {owner} --regid {group} "
+        f"--clear-groups {command}`"
+    )
 
 
 def settings(path: Path) -> SiloConfig:

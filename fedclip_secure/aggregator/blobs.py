@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fedclip_secure.disk import telling
+from fedclip_secure.disk import refused, telling
 from fedclip_secure.files import sync_folder, write_atomically, writing_atomically
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.ring import WORD, Words
 
+_MODEL = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{8}\.part")
+_VECTOR = re.compile(r"[0-9a-f]{64}\.words|[0-9a-f]{32}\.part|\.[0-9a-f]{64}\.words\.[0-9a-f]{8}\.part")
 _RESTORE = "restore the coordinator's state folder"
 
 
@@ -63,7 +66,7 @@ class Blobs:
         """Remove all but these: what was arriving, or about to be removed, when the server stopped."""
         kept, folder = {self.vector_path(sha256) for sha256 in wanted}, self.folder / "vectors"
         with telling(folder, "be written", _RESTORE):
-            for path in set(folder.iterdir()) - kept:
+            for path in _ours(folder, _VECTOR) - kept:
                 path.unlink()
 
     def model_path(self, digest: bytes) -> Path:
@@ -74,10 +77,19 @@ class Blobs:
         """Keep a model."""
         model.to_file(self.model_path(digest))
 
-    def keep_models(self, wanted: Collection[bytes]) -> None:
-        """Remove all but these: a model can be as large as a whole encoder."""
-        for path in set((self.folder / "models").iterdir()) - {self.model_path(digest) for digest in wanted}:
-            path.unlink(missing_ok=True)
+    def keep_models(self, wanted: Collection[bytes]) -> list[str]:
+        """Remove all but these: a model can be as large as a whole encoder. What the disk refused is returned."""
+        kept, folder, refusals = {self.model_path(digest) for digest in wanted}, self.folder / "models", []
+        try:
+            found = _ours(folder, _MODEL)
+        except OSError as error:
+            return [refused(error, folder, otherwise=_RESTORE)]
+        for path in sorted(found - kept):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                refusals.append(refused(error, path, "be removed", "nothing needs it: remove it by hand"))
+        return refusals
 
     def copy_model(self, digest: bytes, sha256: bytes) -> None:
         """Keep as a model what is there as a file."""
@@ -96,3 +108,8 @@ class Blobs:
     def save_file(self, data: bytes) -> None:
         """Keep a file that the lock names."""
         write_atomically(self.file_path(hashlib.sha256(data).digest()), data)
+
+
+def _ours(folder: Path, name: re.Pattern[str]) -> set[Path]:
+    """A disk of its own holds `lost+found` too, and NFS `.nfs...` of what is still open."""
+    return {path for path in folder.iterdir() if name.fullmatch(path.name)}

@@ -28,7 +28,7 @@ from fedclip_secure.pki.authority import (
     load_authority,
     server_names,
 )
-from fedclip_secure.pki.certificates import check_dates, read_certificate, utc_time, write_certificate
+from fedclip_secure.pki.certificates import read_certificate, utc_time, write_certificate
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import SigningKey, write_private_key
 from fedclip_secure.pki.roster import Roster
@@ -161,31 +161,35 @@ def issue_server_certificate(home: Home, authority: Authority, hosts: Sequence[s
 
 
 def renew_server_certificate(home: Home, authority: Authority, now: datetime) -> str | None:
-    """Make the server's certificate anew where it ends within 30 days; the line for a person, where there is one.
+    """Make the server's certificate anew where it ends within 30 days, or was made by a clock that was ahead.
 
-    The key and the hosts stay. Silos notice nothing: they pin the authority.
+    The key and the hosts stay. Silos notice nothing: they pin the authority. The line for a person, where there is one.
 
     Raises:
-        TrustError: it, or the authority, is not valid yet; the authority has expired.
-        DataError: the disk refuses.
+        TrustError: the authority is not valid yet, or has expired.
+        DataError: the disk refuses, and the one that is there is not valid now.
     """
     certificate = read_certificate(home.server_certificate)
-    ends, last = certificate.not_valid_after_utc, authority.certificate.not_valid_after_utc
-    if now < certificate.not_valid_before_utc:
-        check_dates(certificate, f"'{home.server_certificate}': the server's certificate", "set the clock")
-    if ends - now > _RENEWAL:
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    last, valid = authority.certificate.not_valid_after_utc, begins <= now < ends
+    if valid and ends - now > _RENEWAL:
         return None
-    if last - now <= _RENEWAL and now < ends:
+    if valid and last - now <= _RENEWAL:
         return (
             f"the authority of {authority.federation} ends on {utc_time(last)}, and with it every certificate: end the "
             "run before, and begin a new federation with `fedclip-agg init`"
         )
     renewed = authority.renew_server(certificate)
-    write_certificate(home.server_certificate, renewed)
-    was = "ended" if ends < now else "would have ended"
-    return (
-        f"the server's certificate {was} on {utc_time(ends)}; made anew until {utc_time(renewed.not_valid_after_utc)}"
-    )
+    try:
+        write_certificate(home.server_certificate, renewed)
+    except DataError as error:
+        if not valid:
+            raise
+        return f"the server's certificate ends on {utc_time(ends)} and could not be made anew, is tried daily: {error}"
+    was = f"would have ended on {utc_time(ends)}" if valid else f"ended on {utc_time(ends)}"
+    if now < begins:
+        was = f"was valid only from {utc_time(begins)}, made by a clock that was ahead"
+    return f"the server's certificate {was}; made anew until {utc_time(renewed.not_valid_after_utc)}"
 
 
 def invite(home: Home, silo: str, valid: float) -> str:

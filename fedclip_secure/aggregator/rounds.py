@@ -76,7 +76,7 @@ class Rounds:
     async def run(self) -> None:
         """Run until the last round, or until only a person can help."""
         self.store.blobs.keep_vectors(self.store.vectors_wanted())
-        self.store.blobs.keep_models(self.store.models_wanted(self.terms.initial_model))
+        self._keep_models()
         try:
             while self.store.halted() is None and (live := self._resume() or self._open()) is not None:
                 self._set_live(live)
@@ -295,8 +295,12 @@ class Rounds:
         live.session.close()
         counts = f"; the model before it had {row.correct} of {row.total} right" if row.total else ""
         self._say(f"{self.terms.round_name(row.round)}: averaged {', '.join(row.survivors)}{counts}")
-        self.store.blobs.keep_models(self.store.models_wanted(self.terms.initial_model))
+        self._keep_models()
         self.notify()
+
+    def _keep_models(self) -> None:
+        for refusal in self.store.blobs.keep_models(self.store.models_wanted(self.terms.initial_model)):
+            self._say(f"an older model stays: {refusal}")
 
     def _save_result(self, live: LiveAttempt, total: Words) -> RoundRow:
         """Step to the next model and put sum and model on the disk, which takes seconds where they are large."""

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedclip_secure.aggregator.blobs import Blobs
-from fedclip_secure.disk import is_damage, is_locked, lock_file, refused
+from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, is_locked, lock_file, refused
 from fedclip_secure.errors import DataError, ProtocolError, TrustError
 from fedclip_secure.model.points import ModelPoint, best_of
 from fedclip_secure.secagg.terms import Terms
 
 _VERSION = 1
+_STATUS_LOOKS = 1.0  # seconds for a `status` that looks at the lock just then
 _PATIENCE = 30  # seconds that another process's write is waited for
 _ELSEWHERE = "give another folder with --dir"
 _SCHEMA = """
@@ -146,7 +147,7 @@ class Store:
             yield
         except OSError as error:
             raise DataError(refused(error, self._folder, "be used as the aggregator's state", _ELSEWHERE)) from error
-        except sqlite3.IntegrityError:  # a fault of ours, and not of the file
+        except FAULTS_OF_OURS:
             raise
         except sqlite3.Error as error:
             if is_damage(error):
@@ -174,7 +175,7 @@ class Store:
             DataError: another server runs on it; or the disk refuses.
         """
         held = f"'{self._folder}': another `fedclip-agg serve` runs on it; stop that one first"
-        return lock_file(self._folder / "serve.lock", held)
+        return lock_file(self._folder / "serve.lock", held, _STATUS_LOOKS)
 
     def locked(self) -> bool:
         """Whether a server runs on this state.

@@ -20,7 +20,10 @@ _PATIENCE = 10.0  # seconds for a first answer, the look-up of the name included
 
 
 def from_hub(repository: str, names: Sequence[str], what: str, remedy: str = _NAME_IT) -> Path:
-    """The first of the files `names` that the cache or the repository has.
+    """The first of the files `names` that the repository has, by the cache alone where that tells.
+
+    A later one that the cache has is taken only where the repository is known to lack those before it, or nobody
+    answers: else two machines would take two files.
 
     Raises:
         ModelError: `what` it was, its address, where it would lie, and the `remedy`.
@@ -30,7 +33,15 @@ def from_hub(repository: str, names: Sequence[str], what: str, remedy: str = _NA
         path = try_to_load_from_cache(repository, name)
         if isinstance(path, str):
             return Path(path)
-    check_answers(repository, names[0], what, remedy)
+        if path is None:  # and not the mark that the repository lacks it
+            break
+    try:
+        check_answers(repository, names[0], what, remedy)
+    except ModelError:
+        for name in names[1:]:
+            if isinstance(path := try_to_load_from_cache(repository, name), str):
+                return Path(path)
+        raise
     lacked: EntryNotFoundError | None = None
     for name in names:
         try:

@@ -89,7 +89,7 @@ def silo_name(certificate: x509.Certificate, authority: x509.Certificate) -> str
 
 
 def check_dates(certificate: x509.Certificate, what: str, remedy: str) -> None:
-    """Refuse a certificate outside its dates; `remedy` says what to do about an expired one.
+    """Refuse a certificate outside its dates; `remedy` is how another one is had.
 
     Raises:
         TrustError: gives the date and the remedy.
@@ -103,7 +103,8 @@ def check_dates(certificate: x509.Certificate, what: str, remedy: str) -> None:
     if now < certificate.not_valid_before_utc:
         raise TrustError(
             f"{what} is valid only from {utc_time(certificate.not_valid_before_utc)} "
-            f"and this machine's clock says {utc_time(now)}; set the clock"
+            f"and this machine's clock says {utc_time(now)}; set the clock if it is "
+            f"wrong; else it was made by a wrong one: {remedy}"
         )
 
 

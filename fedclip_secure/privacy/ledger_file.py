@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedclip_secure.disk import Meaning, is_damage, meaning_of, refused
+from fedclip_secure.disk import FAULTS_OF_OURS, Meaning, is_damage, meaning_of, refused
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.files import sync_folder
 from fedclip_secure.pki.keys import make_private_folder
@@ -177,6 +177,8 @@ class LedgerFile:
             yield
         except OSError as error:
             raise DataError(refused(error, error.filename or self.path, "be used", _ELSEWHERE)) from error
+        except FAULTS_OF_OURS:
+            raise
         except sqlite3.Error as error:
             if meaning_of(error, self.path) is Meaning.BUSY:
                 raise DataError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedclip_secure.disk import is_damage, lock_file, refused
+from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, lock_file, refused
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.pki.epoch import JOURNAL_BYTES, Epoch, lock_epoch
 from fedclip_secure.privacy.receipts import Receipt
@@ -380,6 +380,8 @@ class Journal:
             yield
         except OSError as error:
             raise DataError(refused(error, error.filename or self._path, "be used", _ELSEWHERE)) from error
+        except FAULTS_OF_OURS:
+            raise
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise DataError(refused(error, self._path, "be used as the silo's journal", _ELSEWHERE)) from error

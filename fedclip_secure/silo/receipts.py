@@ -6,7 +6,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from fedclip_secure.disk import is_damage, refused
+from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, refused
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.pki.epoch import Epoch
 
@@ -34,6 +34,8 @@ def read_receipts(workdir: Path, epoch: Path, roster: bytes) -> tuple[bytes, ...
             number, journal = sql.execute("SELECT number, journal FROM epoch").fetchone()
             query = "SELECT wire FROM receipts WHERE roster = ? ORDER BY attempt"
             receipts = tuple(wire for (wire,) in sql.execute(query, (roster,)))
+    except FAULTS_OF_OURS:
+        raise
     except (sqlite3.Error, TypeError) as error:
         if isinstance(error, sqlite3.Error) and not is_damage(error):
             raise DataError(refused(error, path, otherwise=_HOW_IT_STANDS)) from error

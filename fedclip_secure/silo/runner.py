@@ -148,7 +148,7 @@ class Runner:
             self._tell(f"{self._name(opening)} goes on without this silo: {error}; waiting for the next")
 
     async def _attempt(self, opening: Opening, wire: bytes) -> None:
-        old = await self._model_of(opening.ad.model)
+        old = await self._model_of(opening.ad)
         drawn = await self._draw(opening.ad, old)
         session = self._session(opening, drawn, AttemptSecrets.fresh(opening.base))
         self._journal.start(opening, wire, session.secrets, trains=drawn.trains)
@@ -163,7 +163,7 @@ class Runner:
         drawn = self._journal.drawn(opening.ad.model, trains=saved.trains)
         if drawn is None or self._journal.vector(drawn) is None:
             raise LeftOutError("this silo's vector is lost")
-        old = await self._model_of(opening.ad.model)
+        old = await self._model_of(opening.ad)
         session = self._session(opening, self._as_it_joined(drawn, saved), saved.secrets)
         await self._go_through(opening, session, saved.steps, old)
 
@@ -297,16 +297,28 @@ class Runner:
             update = self._trainer.train(old)
         return self._terms.grid.cut(update)
 
-    async def _model_of(self, digest: bytes) -> AdapterState:
-        if self._model is None or self._model.digest != digest:
+    async def _model_of(self, ad: ServerAd) -> AdapterState:
+        if self._model is None or self._model.digest != ad.model:
             self._model = None  # before another one comes into memory
             try:
-                self._model = await self._link.model(digest, self._terms)
+                self._model = await self._link.model(ad.model, self._terms)
             except TransportError as error:
                 if error.status != HTTPStatus.NOT_FOUND:
                     raise
-                raise LeftOutError("the server does not have this attempt's model any more") from error
+                raise await self._without_model(ad, error) from error
         return self._model
+
+    async def _without_model(self, ad: ServerAd, error: TransportError) -> Exception:
+        """The model of an attempt that is over may be gone; that of one that can still be joined never is."""
+        answer = await self._link.opening(ad.attempt - 1, idle=False)
+        if answer.state != "open" or answer.attempt != ad.attempt:
+            return LeftOutError("the server does not have this attempt's model any more")
+        return TransportError(
+            f"{self._terms.round_name(ad.round)}: the server has lost the model of the round that it opens ({error}); "
+            "ask the coordinator to restore the state folder, then start this again",
+            status=error.status,
+            code=error.code,
+        )
 
     def _name(self, opening: Opening) -> str:
         return self._terms.round_name(opening.ad.round)

@@ -34,6 +34,7 @@ Waiting = Callable[[str, float], None]  # told before each wait: the reason, and
 MAX_BODY = 64 * 2**20  # bytes of an answer that is held in memory, unless the caller allows other
 _MAX_PROBLEM = 64 * 2**10  # bytes of an answer that says no
 _CHUNK = 2**20  # bytes
+_LOOK = 10.0  # seconds for a second handshake, which only makes a message better
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,13 +246,16 @@ class Client:
         if self._session is None:
             return None
         look, clock = _Look(asks=is_dated(error)), None
-        # A courtesy of the message: the refusal stands without it.
-        with contextlib.suppress(aiohttp.ClientError, OSError, ValueError, TypeError):
-            async with self._session.get(
-                self._url, ssl=look, allow_redirects=False, **self._through_proxy()
-            ) as response:
-                clock = parsedate_to_datetime(response.headers["Date"]).astimezone(UTC)
-        return None if look.certificate is None else Shown(look.certificate, clock)
+        # A courtesy of the message: the refusal stands without it. A silent peer's TimeoutError is an OSError.
+        with contextlib.suppress(aiohttp.ClientError, OSError, ValueError, OverflowError):
+            async with (
+                asyncio.timeout(_LOOK),
+                self._session.get(self._url, ssl=look, allow_redirects=False, **self._through_proxy()) as response,
+            ):
+                clock = parsedate_to_datetime(response.headers.get("Date", "")).astimezone(UTC)
+        with contextlib.suppress(ValueError):
+            return None if look.certificate is None else Shown.of(look.certificate, clock)
+        return None
 
     def _through_proxy(self) -> _ProxyArguments:
         if self._proxy is None:

@@ -44,16 +44,21 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The server's certificate that was refused, and the server's clock; a second try told both, with nobody's word."""
+    """The server's certificate that was refused, and the server's clock; nothing vouches for what a second try told."""
 
-    certificate: x509.Certificate
+    issuer: str  # fit for a terminal; empty where it cannot be read
+    begins: datetime  # UTC
+    ends: datetime  # UTC
     clock: datetime | None  # UTC; None where no HTTP server answered
 
-    @property
-    def issuer(self) -> str:
-        """Fit for a terminal."""
-        name = self.certificate.issuer.rfc4514_string()[:200]
-        return "".join(letter if letter.isprintable() else "?" for letter in name)
+    @classmethod
+    def of(cls, certificate: x509.Certificate, clock: datetime | None) -> Shown:
+        """Read what matters of `certificate`.
+
+        Raises:
+            ValueError: its dates cannot be read.
+        """
+        return cls(_issuer(certificate), certificate.not_valid_before_utc, certificate.not_valid_after_utc, clock)
 
 
 _TRANSIENT_STATUS = (429, 502, 503, 504)
@@ -72,6 +77,14 @@ _ALERTS = {
     "BAD_CERTIFICATE": f"the server does not take this silo's certificate; {ENROL_AGAIN}",
     "CERTIFICATE_UNKNOWN": f"the server does not take this silo's certificate; {ENROL_AGAIN}",
 }
+
+
+def _issuer(certificate: x509.Certificate) -> str:
+    try:
+        name = certificate.issuer.rfc4514_string()[:200]
+    except (ValueError, TypeError):  # no valid UTF-8, or no text at all
+        return ""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def explain(error: BaseException, route: Route, shown: Shown | None = None) -> Fault:
@@ -147,7 +160,7 @@ def _certificate(error: ssl.SSLCertVerificationError, shown: Shown | None) -> st
         )
     if error.verify_code in _DATES:
         return _out_of_date(error.verify_code == _EXPIRED, shown)
-    whose = f"; it was issued by {shown.issuer}" if shown else ""
+    whose = f"; it was issued by {shown.issuer}" if shown and shown.issuer else ""
     return (
         f"the server's certificate is not from this federation's authority{whose}. A proxy or an antivirus that opens "
         f"TLS may stand between: ask that this host be exempted from inspection. Nothing was sent"
@@ -155,22 +168,34 @@ def _certificate(error: ssl.SSLCertVerificationError, shown: Shown | None) -> st
 
 
 def _out_of_date(expired: bool, shown: Shown | None) -> str:
-    """Either the certificate is at fault or a clock: the server's own clock tells which."""
+    """Either the certificate is at fault or a clock. The peer's clock is a hint: who follows it blindly could be led
+    to take a certificate that is long over.
+    """
     now = datetime.now(UTC)
-    here, certificate = f"this machine's clock says {utc_time(now)}", shown.certificate if shown else None
-    if shown is None or certificate is None:
+    here = f"this machine's clock says {utc_time(now)}"
+    if shown is None:
         fact = "the server's certificate has expired" if expired else "the server's certificate is not valid yet"
         return f"{fact}, and {here}; set the clock if it is wrong, else tell the coordinator"
-    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    begins, ends = shown.begins, shown.ends
     if shown.clock is not None and begins <= shown.clock <= ends and abs(now - shown.clock) > _SKEW:
         there = f"the server's {utc_time(shown.clock)}, at which its certificate is valid"
-        return f"{here}, and {there}; set this machine's clock"
+        return (
+            f"{here}, and {there}: they differ by {_long(abs(now - shown.clock))}. Nothing vouches for the server's: "
+            "compare both with a third (`timedatectl`, a phone) and set the wrong one"
+        )
     if not begins <= now <= ends:
         fact = f"ended on {utc_time(ends)}" if expired else f"is valid only from {utc_time(begins)}"
         agrees = " and the server's agrees" if shown.clock is not None and abs(now - shown.clock) <= _SKEW else ""
         remedy = "start `fedclip-agg serve` again, which makes it anew" if expired else "look at the server's clock"
         return f"the server's certificate {fact} ({here}{agrees}); ask the coordinator to {remedy}"
     return f"the authority of this federation is outside its dates, and {here}; talk to the coordinator"
+
+
+def _long(difference: timedelta) -> str:
+    minutes = round(difference / timedelta(minutes=1))
+    if minutes < 120:
+        return f"{minutes} minutes"
+    return f"{round(minutes / 60)} hours" if minutes < 48 * 60 else f"{round(minutes / 1440)} days"
 
 
 def _handshake(error: ssl.SSLError, at: str) -> FedClipError | None:

@@ -14,10 +14,11 @@ from fedclip_secure.aggregator import serve as server_module
 from fedclip_secure.aggregator.home import init_home, renew_server_certificate
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.pki.authority import Authority, load_authority
-from fedclip_secure.pki.certificates import read_certificate, write_certificate
+from fedclip_secure.pki.certificates import read_certificate, utc_time, write_certificate
 from fedclip_secure.silo.link import Link
 from tests.aggregator.site import Site
-from tests.cli.test_agg_mistakes import refused, run
+from tests.cli.test_agg_mistakes import run
+from tests.disk import file_limit
 from tests.waiting import until
 
 DAY = timedelta(days=1)
@@ -90,11 +91,41 @@ def test_a_certificate_is_made_anew_in_its_last_month_and_not_before(tmp_path: P
         assert {str(name.value) for name in names} == {"agg.example.org", "::1"}
 
 
-def test_a_certificate_of_the_future_is_a_wrong_clock_and_stops_serve(tmp_path: Path) -> None:
+def test_a_certificate_that_a_clock_ahead_has_made_is_made_anew_once_the_clock_is_right(tmp_path: Path) -> None:
     home = init_home(tmp_path / "lung", "lung", ["localhost"], 8443)
-    dated(home.folder, DAY, 2 * DAY)
-    said = r"certificate\.pem': the server's certificate is valid only from \d{4}-.*clock says .*set the"
-    refused(said, "serve", "--dir", str(home.folder), "--listen", "192.0.2.1:1")
+    old = dated(home.folder, 200 * DAY, 597 * DAY)
+    now = datetime.now(UTC)
+    told = renew_server_certificate(home, load_authority(home.authority_folder), now)
+    new = read_certificate(home.server_certificate)
+    assert new.not_valid_before_utc <= now < new.not_valid_after_utc
+    assert new.public_key() == old.public_key()
+    assert told == (
+        f"the server's certificate was valid only from {utc_time(old.not_valid_before_utc)}, made by a clock that was "
+        f"ahead; made anew until {utc_time(new.not_valid_after_utc)}"
+    )
+
+
+def test_an_authority_of_the_future_is_a_wrong_clock_and_stops_serve(tmp_path: Path) -> None:
+    home = init_home(tmp_path / "lung", "lung", ["localhost"], 8443)
+    early = Authority(load_authority(home.authority_folder).key, dated(home.folder, DAY, 2 * DAY))
+    with pytest.raises(TrustError, match=r"valid only from \d{4}-.*clock says .*set the clock if it is wrong"):
+        renew_server_certificate(home, early, datetime.now(UTC))
+
+
+def test_a_disk_that_refuses_the_new_certificate_is_told_while_the_old_one_is_valid(tmp_path: Path) -> None:
+    home = init_home(tmp_path / "lung", "lung", ["localhost"], 8443)
+    authority = load_authority(home.authority_folder)
+    old = dated(home.folder, -DAY, 27 * DAY)
+    with file_limit(10):
+        told = renew_server_certificate(home, authority, datetime.now(UTC))
+    assert told is not None
+    ends = utc_time(old.not_valid_after_utc)
+    assert f"the server's certificate ends on {ends} and could not be made anew, is tried daily: '" in told
+    assert "free space there" in told
+    assert read_certificate(home.server_certificate) == old
+    dated(home.folder, -3 * DAY, -DAY)
+    with file_limit(10), pytest.raises(DataError, match="free space there"):
+        renew_server_certificate(home, authority, datetime.now(UTC))
 
 
 def test_the_end_of_the_authority_is_told_before_and_then_refused(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import re
 import sqlite3
 import stat
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -76,11 +79,61 @@ def test_vectors_that_a_crash_left_behind_are_removed_and_those_in_use_are_kept(
     for part in (b"kept", b"sum", b"left"):
         store.blobs.save_vector(hashlib.sha256(part).digest(), memoryview(part))
     store.blobs.new_vector_path().write_bytes(b"half")
+    (tmp_path / "vectors" / "lost+found").mkdir()
     store.add_message(1, Phase.UPLOAD, "lab-a", hashlib.sha256(b"kept").digest() + b"header", b"r" * 32)
     store.end_round(RoundRow(1, 1, ("lab-a",), 1, 0, 0, b"", b"", hashlib.sha256(b"sum").digest(), 0.0))
     store.blobs.keep_vectors(store.vectors_wanted())
-    assert {path.read_bytes() for path in (tmp_path / "vectors").iterdir()} == {b"kept", b"sum"}
+    assert {path.read_bytes() for path in (tmp_path / "vectors").glob("*.*")} == {b"kept", b"sum"}
+    assert (tmp_path / "vectors" / "lost+found").is_dir()
     store.close()
+
+
+def test_of_older_models_only_files_of_its_own_are_removed(tmp_path: Path) -> None:
+    store, folder = opened(tmp_path), tmp_path / "models"
+    (folder / "lost+found").mkdir()
+    others = (".nfs000000000012a4", "readme.txt", f"{bytes(32).hex()}.bak")
+    half = f".{bytes(32).hex()}.safetensors.01234567.part"
+    for path in (*others, half, store.blobs.model_path(b"m" * 32), store.blobs.model_path(b"o" * 32)):
+        (folder / path).write_bytes(b"model")
+    assert store.blobs.keep_models([b"m" * 32]) == []
+    kept = {"lost+found", *others, store.blobs.model_path(b"m" * 32).name}
+    assert {path.name for path in folder.iterdir()} == kept
+    store.close()
+
+
+def test_an_older_model_that_cannot_be_removed_is_told_and_the_others_go(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    stuck, older = store.blobs.model_path(b"a" * 32), store.blobs.model_path(b"b" * 32)
+    stuck.mkdir()
+    older.write_bytes(b"model")
+    said = rf"^'{stuck}': cannot be removed \(.*\); nothing needs it: remove it by hand$"
+    (told,) = store.blobs.keep_models([])
+    assert re.match(said, told)
+    assert not older.exists()
+    store.blobs.folder.joinpath("models").rename(tmp_path / "away")
+    (told,) = store.blobs.keep_models([])
+    assert told.startswith(f"'{tmp_path / 'models'}': cannot be read (No such file or directory)")
+    store.close()
+
+
+def test_a_status_that_looks_just_then_does_not_keep_a_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, path = opened(tmp_path), tmp_path / "serve.lock"
+    path.touch()
+    looking = path.open("rb")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda _: looking.close())
+    store.lock().close()
+    assert looking.closed
+    store.close()
+
+
+def test_a_use_of_a_closed_database_is_no_damage_and_not_hidden(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        store.end_attempt(1, "done")
 
 
 def test_a_vector_is_mapped_and_a_file_that_the_lock_names_becomes_a_model(tmp_path: Path) -> None:

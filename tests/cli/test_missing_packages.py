@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedclip_secure import extras
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.config.silo import read_silo
 from fedclip_secure.errors import ConfigError
@@ -74,6 +75,21 @@ def test_the_command_for_an_extra_lists_its_packages_and_never_this_one() -> Non
 def test_a_path_with_a_space_stands_in_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/a folder/python")
     assert install_command("dicom").startswith('"/a folder/python" -m pip install "pydicom>=3"')
+
+
+@pytest.mark.parametrize("marker", ['(python_version < "3.14") and ', "python_version < '3.14' and "])
+def test_a_requirement_with_a_marker_of_its_own_keeps_it(monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
+    lines = ["numpy>=1.26", "torch>=2.6; extra == 'silo'", f"timm>=1; {marker}extra == 'silo'", "x; extra == 'silos'"]
+    monkeypatch.setattr(extras, "requires", lambda _: lines)
+    kept = marker.removesuffix(" and ").replace('"', "'")
+    assert install_command("silo").endswith(f' -m pip install "torch>=2.6" "timm>=1; {kept}"')
+
+
+def test_an_installation_that_lists_no_packages_is_never_told_to_install_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "requires", lambda _: None)
+    told = lacking(ModuleNotFoundError("no", name="torch"))
+    said = "install this program again from where it came from, with its extra `silo`"
+    assert told == f"the package 'torch' is not installed here; {said}"
 
 
 def test_only_a_missing_package_of_an_extra_is_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pwd
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
-from fedclip_cli import silo
+from fedclip_cli import owner, silo
 
 from fedclip_secure.config.silo import write_silo
 from tests.cli.test_agg_mistakes import refused, run
@@ -75,6 +78,8 @@ def serving(home: Path) -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs the tests: the folders above are then another user's."""
+    if os.geteuid() != 0:
+        monkeypatch.setattr(owner, "owner_of_new", lambda _: 0)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
 
 
@@ -132,6 +137,39 @@ def test_root_is_refused_before_it_writes_and_is_told_as_whom(home: Path, as_roo
 def test_root_is_refused_in_a_folder_that_was_made_for_another_user(folder: Path, as_root: None) -> None:
     refused("belongs to user", "init", str(folder), "--name", "lung", "--hosts", "localhost")
     assert not list(folder.iterdir())
+
+
+def test_of_a_user_whom_only_the_container_lacks_the_number_is_told(
+    folder: Path, as_root: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, group = folder.stat().st_uid, folder.stat().st_gid
+
+    def unknown(_: int) -> NoReturn:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    said = (
+        rf"as that user: in a container `docker run --user {number}:{group}`, else `setpriv --reuid {number} "
+        rf"--regid {group} --clear-groups \S+ init`"
+    )
+    output = refused("belongs to user", "init", str(folder), "--name", "lung", "--hosts", "localhost")
+    assert re.search(said, " ".join(output.split())), output
+    assert "sudo" not in output
+
+
+def test_root_is_let_in_where_the_disk_gives_its_files_to_the_folders_owner(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all_squash of NFS does: this process makes files as the folder's owner, and takes itself for root."""
+    before = os.geteuid()
+    os.seteuid(folder.stat().st_uid)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda: 0)
+            owner.check_owner(folder)
+    finally:
+        os.seteuid(before)
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["accept", "extract", "train", "recover", "evaluate", "report", "budget", "audit"])

@@ -22,7 +22,9 @@ NAMES = ["model.safetensors", "model.bin"]
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A repository that has one of the two files."""
+    """A repository that has one of the two files, or also the first."""
+
+    both = False
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -32,7 +34,8 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(WEIGHTS)
 
     def _answer(self) -> bool:
-        there = self.path == "/someone/clip/resolve/main/model.bin" or "/resolve/" + "a" * 40 in self.path
+        named = [f"/someone/clip/resolve/main/{name}" for name in (NAMES if self.both else NAMES[1:])]
+        there = self.path in named or "/resolve/" + "a" * 40 in self.path
         self.send_response(200 if there else 404)
         about = {"ETag": '"1234"', "Content-Length": str(len(WEIGHTS))} if there else {"Content-Length": "0"}
         code = {} if there else {"X-Error-Code": "EntryNotFound"}
@@ -77,6 +80,22 @@ def test_what_a_repository_has_is_downloaded_once_and_then_read_from_the_cache(
     assert path.read_bytes() == WEIGHTS
     hub.shutdown()
     assert from_hub("someone/clip", NAMES, "the weights") == path
+
+
+def test_a_later_file_of_the_cache_gives_way_to_the_first_of_the_repository(
+    cache: Path, hub: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = from_hub("someone/clip", NAMES[1:], "the weights")
+    monkeypatch.setattr(Hub, "both", True)
+    first = from_hub("someone/clip", NAMES, "the weights")
+    assert (later.name, first.name) == ("model.bin", "model.safetensors")
+
+
+def test_a_later_file_of_the_cache_serves_where_nobody_answers(cache: Path, hub: ThreadingHTTPServer) -> None:
+    later = from_hub("someone/clip", NAMES[1:], "the weights")
+    hub.shutdown()
+    hub.server_close()
+    assert from_hub("someone/clip", NAMES, "the weights") == later
 
 
 def test_a_hub_that_lacks_the_file_is_quoted(cache: Path, hub: ThreadingHTTPServer) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedclip_secure.errors import DataError, ProtocolError, TrustError
+from fedclip_secure.errors import DataError, ProtocolError, TransportError, TrustError
+from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.secagg.messages import (
     Bundles,
@@ -22,9 +23,10 @@ from fedclip_secure.secagg.messages import (
     sign_message,
 )
 from fedclip_secure.secagg.ring import read_total
+from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import OpeningAnswer, SharesRequest, parse
 from tests.fakes import Federation
-from tests.silo.memory import Hub, Silo, run_all, silos
+from tests.silo.memory import Hub, MemoryLink, Silo, run_all, silos
 from tests.waiting import BOUND
 
 
@@ -49,6 +51,40 @@ def test_run_ends_with_one_model_at_all_silos(hub: Hub, tmp_path: Path) -> None:
     for party in parties.values():
         assert len(party.trainer.trained) == 2
         assert party.said[-1].startswith("closing validation round: averaged silo-000, silo-001, silo-002, silo-003")
+
+
+class Losing(MemoryLink):
+    """A server that does not have the model of this attempt; `moves_on` when it is asked for."""
+
+    moves_on: bool = False
+
+    async def model(self, digest: bytes, terms: Terms) -> AdapterState:
+        if self.hub.attempt > 1:
+            return await super().model(digest, terms)
+        if self.moves_on:
+            self.hub.open(1)
+        raise TransportError("agg:8443: there is no such file here", status=404, code="not-found")
+
+
+def test_a_server_that_lost_the_model_that_all_wait_for_is_told_and_not_waited_for(hub: Hub, tmp_path: Path) -> None:
+    party = silos(hub, tmp_path)["silo-000"]
+    party.link = Losing(hub, party.name)
+    said = (
+        r"^round 1 of 2: the server has lost the model of the round that it opens "
+        r"\(agg:8443: there is no such file here\); ask the coordinator to restore the state folder, "
+        "then start this again$"
+    )
+    with pytest.raises(TransportError, match=said):
+        run_all([party])
+
+
+def test_the_model_of_an_attempt_that_is_over_is_not_missed(hub: Hub, tmp_path: Path) -> None:
+    parties = silos(hub, tmp_path)
+    link = Losing(hub, "silo-000")
+    link.moves_on, parties["silo-000"].link = True, link
+    run_all(parties.values())
+    assert hub.finished
+    assert any("does not have this attempt's model any more; waiting" in line for line in parties["silo-000"].said)
 
 
 def test_closing_round_validates_and_sends_zeros(hub: Hub, tmp_path: Path) -> None:
@@ -273,7 +309,7 @@ def test_void_that_nobody_signed_is_not_believed(hub: Hub, tmp_path: Path) -> No
 def test_journal_that_cannot_be_written_stops_the_silo_before_it_sends(hub: Hub, tmp_path: Path) -> None:
     party = Silo(hub, "silo-000", tmp_path)
     runner = party.runner()
-    party.journal.close()
+    party.journal._sql.execute("PRAGMA query_only=ON")
     with pytest.raises(DataError, match=r"journal\.sqlite"):
         asyncio.run(runner.run())
     assert party.link.sent == []

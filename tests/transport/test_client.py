@@ -12,10 +12,12 @@ from typing import TypeVar
 
 import pytest
 from aiohttp import web
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedclip_secure.errors import ConfigError, DataError, FedClipError, TransportError, TrustError
 from fedclip_secure.pki.certificates import read_certificate
 from fedclip_secure.pki.identity import Identity
+from fedclip_secure.transport import client as client_module
 from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.problems import CONTENT_TYPE, Problem
 from fedclip_secure.transport.tls import client_context, enrolment_context
@@ -144,13 +146,15 @@ def at_the_clock(difference: timedelta) -> Handler:
             -2,
             -1,
             -1.5,
-            "this machine's clock says .* UTC, and the server's .* UTC, at which its certificate is valid; set",
+            r"this machine's clock says .* UTC, and the server's .* UTC, at which its certificate is valid: they "
+            r"differ by 90 minutes\. Nothing vouches for the server's: compare both with a third \(`timedatectl`, a "
+            r"phone\) and set the wrong one$",
         ),
         (
             1,
             2,
             1.5,
-            "this machine's clock says .* UTC, and the server's .* UTC, at which its certificate is valid; set",
+            "at which its certificate is valid: they differ by 90 minutes",
         ),
         (1, 2, 0, "certificate is valid only from .* and the server's agrees.*look at the server's clock"),
         (-2, -1, -5, r"certificate ended on .* \(this machine's clock says [^(]* UTC\); ask the coordinator to start"),
@@ -164,6 +168,49 @@ def test_a_wrong_clock_is_told_from_a_certificate_that_is_over(
     federation.expire_server(timedelta(hours=begins), timedelta(hours=ends))
     with pytest.raises(TrustError, match=said):
         run(at_the_clock(timedelta(hours=ahead)), federation.server_context(), context, get, host="localhost")
+
+
+@pytest.mark.parametrize("date", ["", "Date: noon\r\n", "Date: Mon, 01 Jan 0001 00:00:00 +2300\r\n"])
+def test_a_server_without_a_clock_that_can_be_read_is_told_by_its_certificate(tmp_path: Path, date: str) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.write(f"HTTP/1.1 200 OK\r\n{date}Content-Length: 0\r\n\r\n".encode())
+        return web.Response()
+
+    federation = Federation.create(tmp_path)
+    context = client_context(federation.enrol("st-marys"))
+    federation.expire_server()
+    with pytest.raises(TrustError, match=r"certificate ended on .* \(this machine's clock says [^(]* UTC\); ask the"):
+        run(handle, federation.server_context(), context, get, host="localhost")
+
+
+def test_a_peer_that_says_nothing_after_it_was_refused_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        return web.Response()
+
+    monkeypatch.setattr(client_module, "_LOOK", 0.2)
+    federation = Federation.create(tmp_path)
+    context = client_context(federation.enrol("st-marys"))
+    federation.expire_server()
+    with pytest.raises(TrustError, match=r"certificate ended on .* \(this machine's clock says [^(]* UTC\); ask the"):
+        run(never, federation.server_context(), context, get, host="localhost")
+
+
+@pytest.mark.parametrize("name", [b"\x14\x09lung\xffxray", b"\x03\x09\x00ung-xray"], ids=["T61String", "BIT STRING"])
+def test_an_interceptor_whose_name_is_no_text_is_refused_without_it(
+    identity: Identity, tmp_path: Path, name: bytes
+) -> None:
+    interceptor = Federation.create(tmp_path)
+    shown = read_certificate(tmp_path / "server.pem").public_bytes(Encoding.DER)
+    other = ssl.DER_cert_to_PEM_cert(shown.replace(b"\x0c\x09lung-xray", name))
+    (tmp_path / "server.pem").write_text(other)
+    with pytest.raises(
+        TrustError, match=r"certificate is not from this federation's authority\. A proxy or an antivir"
+    ):
+        run(who, interceptor.server_context(), client_context(identity), get)
 
 
 def test_silo_cannot_pose_as_the_server(federation: Federation, identity: Identity) -> None:
