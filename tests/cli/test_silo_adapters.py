@@ -28,8 +28,10 @@ __all__ = ["photos"]  # a fixture
 def with_method(plan: FederationPlan, name: str) -> FederationPlan:
     changes: dict[str, object] = {"method": MethodPlan(name=name)}
     if name in {"private_prototypes", "discriminant"}:
-        once = {"rounds": 1, "optimizer": Optimizer(name="sgd", lr=1.0)}
+        once = {"rounds": 1, "batch_size": 1, "optimizer": Optimizer(name="sgd", lr=1.0)}
         changes["training"] = plan.training.model_copy(update=once)
+        summed = {"coordinate_clip": 10_000.0, "weights": "equal"}
+        changes["secure_aggregation"] = plan.secure_aggregation.model_copy(update=summed)
     return plan.model_copy(update=changes)
 
 

@@ -31,6 +31,7 @@ from tests.data.test_dicom import dicom
 
 RANDOM = np.random.default_rng(0)
 CLASSES = ("cat", "dog")
+HOUR_AGO = time.time() - 3600
 
 
 class House:
@@ -52,7 +53,7 @@ class House:
     def read(self, *, verify: bool = False, **data: Any) -> Inputs:
         for path in self.images.rglob("*"):
             if path.is_file():
-                os.utime(path, (time.time() - 3600,) * 2)
+                os.utime(path, (HOUR_AGO, HOUR_AGO))
         wanted = {"format": "folder", "path": str(self.images), **data}
         settings = {"name": "house", "data": wanted, "workdir": str(self.work), "device": "cpu"}
         silo = check({**settings, "weights": str(self.weights)}, SiloConfig, "silo.yaml")
@@ -269,9 +270,11 @@ def test_verify_reads_patients_again(house: House) -> None:
     scans(house, 4, 3)
     assert house.report().patients == 4
     for path in house.images.rglob("*.dcm"):
+        before = path.stat().st_size
         file = dcmread(path)
         file.PatientID = "P0"
         file.save_as(path)
+        assert path.stat().st_size == before
     assert house.report().patients == 4, "size and time are as they were"
     assert house.report(verify=True).patients == 1
 
