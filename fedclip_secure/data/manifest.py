@@ -101,8 +101,17 @@ def with_patients(
 
 
 def stored_as(path: str) -> str:
-    """`path` with its letters encoded as the disk has them; as it is where there is no such file."""
-    return next((form for form in (path, composed(path), decomposed(path)) if os.path.lexists(form)), path)
+    """`path` with the letters of each part encoded as the disk has them; as it is where there is no such file."""
+    if os.path.lexists(path):
+        return path
+    found = Path(path).anchor
+    for part in Path(found, path).parts[bool(found) :]:
+        forms = (str(Path(found, form)) for form in (part, composed(part), decomposed(part)))
+        form = next(filter(os.path.lexists, forms), None)
+        if form is None:
+            return path
+        found = form
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.manifest import read_manifest, with_patients
+from fedclip_secure.data.manifest import read_manifest, stored_as, with_patients
 from fedclip_secure.data.patients import unit_of
 from fedclip_secure.errors import DataError
 from fedclip_secure.names import Column
@@ -167,6 +167,16 @@ def test_letters_that_are_encoded_in_two_ways_are_equal(tmp_path: Path) -> None:
     listed.write_text(f"path,label\n{name}/b.png,{name}\n{mac}/b.png,{name}\n")
     with pytest.raises(DataError, match=r"line 3: path .* stands in line 2 already"):
         read_manifest(listed, images, [name])
+
+
+def test_each_part_of_a_path_may_be_encoded_in_its_own_way(tmp_path: Path) -> None:
+    parts = [
+        unicodedata.normalize(form, name) for form, name in (("NFC", "Übung"), ("NFD", "Prüfung"), ("NFC", "ö.png"))
+    ]
+    stored = save(tmp_path.joinpath(*parts))
+    for form in ("NFC", "NFD"):
+        assert stored_as(unicodedata.normalize(form, str(stored))) == str(stored)
+    assert stored_as(str(stored.parent / "ü.png")) == str(stored.parent / "ü.png")
 
 
 def test_other_columns_are_told_and_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
