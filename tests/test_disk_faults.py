@@ -69,10 +69,10 @@ from fedclip_secure.transport.tls import client_context, server_context
 from tests.aggregator.site import Site
 from tests.features.test_cache import KEYS, ROWS, fresh, shard
 from tests.silo.desk import Desk
+from tests.users import without_privileges
 from tests.waiting import BOUND
 
 ROOT = Path(__file__).resolve().parent.parent
-_NOBODY = 65534
 _READS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _WRITES = (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT)
 _WORDS = {
@@ -596,24 +596,12 @@ def test_identity_of_another_user_is_not_called_damaged(name: str, load_it: Call
         for above in (Path(folder), path.parent):
             above.chmod(0o755)
         path.chmod(0)
-        with _as_nobody(), pytest.raises(FedClipError) as caught:
+        with without_privileges(), pytest.raises(FedClipError) as caught:
             load_it(path.parent)
         path.chmod(0o600)
     assert f"'{path}': cannot be read (Permission denied); let the user that runs this" in str(caught.value)
     if os.geteuid() == 0:
         assert "'nobody', read it (it belongs to 'root')" in str(caught.value)
-
-
-@contextmanager
-def _as_nobody() -> Iterator[None]:
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(_NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 _OPENERS = {

@@ -336,9 +336,13 @@ class Rounds:
         return live
 
     def _open(self) -> LiveAttempt | None:
-        """Open the next attempt; None after the last round."""
+        """Open the next attempt; None after the last round, and where no silo could join it."""
         done, last = self.store.rounds(), self.store.last_attempt()
         if ended(done, self.terms):
+            return None
+        model = done[-1].model if done else self.terms.initial_model
+        if (earlier := next((row.round for row in done if row.start_model == model), None)) is not None:
+            self.store.halt(self.terms.circle(done[-1].round, earlier), None)
             return None
         round_number, number = self._next_round(), 1 if last is None else last.number + 1
         seal = SealKey.generate()
@@ -347,7 +351,7 @@ class Rounds:
             roster=self.terms.roster.digest,
             round=round_number,
             attempt=number,
-            model=done[-1].model if done else self.terms.initial_model,
+            model=model,
             nonce=os.urandom(32),
             seal_public=seal.public,
         )

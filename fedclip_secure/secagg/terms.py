@@ -105,6 +105,14 @@ class Terms:
             "and not from this adapter, over which the silos have sent updates"
         )
 
+    def circle(self, number: int, earlier: int) -> str:
+        """What it tells that round `number` ended with the model from which round `earlier` had started."""
+        return (
+            f"the models go in a circle: round {number} came back to the model that round {earlier} started from, over "
+            "which the silos have sent updates. Nothing more is learnt at this step: start a new federation with a "
+            "smaller training.optimizer.lr or fewer rounds, and not from an adapter of this one"
+        )
+
     def weight(self, silo: str, records: int) -> int:
         """The weight of `silo`, which has so many training records, by the plan."""
         if self.public_weights is not None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedclip_secure.data.dataset import Counts
+from fedclip_secure.errors import TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.silo.attendance import Attendance
 from fedclip_secure.silo.journal import Journal
@@ -41,6 +42,16 @@ class Sated(SteadyTrainer):
     def train(self, received: AdapterState) -> np.ndarray[Any, np.dtype[np.float64]]:
         update = super().train(received)
         return np.zeros_like(update) if received.digest.hex() == self.full else update
+
+
+@dataclass
+class Turning(SteadyTrainer):
+    """Takes one parameter up, and then down again."""
+
+    def train(self, received: AdapterState) -> np.ndarray[Any, np.dtype[np.float64]]:
+        update = np.zeros(len(self.integers))
+        update[0] = -0.0625 if received.vector[0] > -1 else 0.0625
+        return update
 
 
 @dataclass
@@ -191,6 +202,26 @@ def test_a_silo_that_was_never_there_says_so(tmp_path: Path) -> None:
     assert attendance.poor
     told = "took part in 0 of 3 round(s); missed 3 (3: it was not there, or has been started again since)"
     assert attendance.told() == told
+
+
+def test_a_run_whose_models_go_in_a_circle_is_halted_and_says_so(tmp_path: Path) -> None:
+    """Each silo has sent an update over that model, and sends no second one: they would wait for ever."""
+    site = Site.frozen(tmp_path, training={"rounds": 50})
+
+    async def run() -> None:
+        for _ in range(2):  # a restart changes nothing
+            async with site.serving(), silos_of(site) as silos:
+                silos.trainer_of = lambda name, size: Turning(SteadyTrainer.of(name, size).records, np.zeros(size))
+                silos.start(*FOUR)
+                for name in FOUR:
+                    with pytest.raises(TrustError, match="the aggregator halted the run: the models go in a circle"):
+                        await silos.done(name)
+
+    asyncio.run(run())
+    status = site.status()
+    assert (status.state, len(status.finished_rounds)) == ("halted", 2)
+    assert status.reason.startswith("the models go in a circle: round 2 came back to the model that round 1 started")
+    assert sum(line == f"halted: {status.reason}" for line in site.said) == 2
 
 
 @pytest.mark.parametrize("best", [0, 3, 11], ids=["the first", "an early one", "a late one"])

@@ -18,9 +18,9 @@ from fedclip_cli import owner, silo
 from fedclip_secure.config.silo import write_silo
 from tests.cli.test_agg_mistakes import refused, run
 from tests.federation.processes import ENVIRONMENT, free_port
+from tests.users import NOBODY, give_away
 from tests.waiting import BOUND, wait_for
 
-_NOBODY = 65534
 _AS_USER = """
 # Before: root's Python may be closed to others.
 import encodings.idna, importlib.readers, os, sys
@@ -50,8 +50,7 @@ def _ends(process: subprocess.Popen[str], log: Path) -> None:
 def folder() -> Iterator[Path]:
     """Of that user; pytest's own folders are closed to others."""
     with tempfile.TemporaryDirectory() as name:
-        if os.geteuid() == 0:
-            os.chown(name, _NOBODY, _NOBODY)
+        give_away(Path(name))
         yield Path(name)
 
 
@@ -128,7 +127,7 @@ def test_status_of_a_server_that_was_killed_reads_its_log_and_leaves_it(
 @pytest.mark.parametrize("command", ["prepare", "invite b", "freeze", "serve", "give-up --yes", "report", "export"])
 def test_root_is_refused_before_it_writes_and_is_told_as_whom(home: Path, as_root: None, command: str) -> None:
     before = _files(home)
-    user = "nobody" if home.stat().st_uid == _NOBODY else ""
+    user = "nobody" if home.stat().st_uid == NOBODY else ""
     said = rf"lung': belongs to user '.+', who could not use.*run it as that user: sudo -u {user}"
     refused(said, *command.split(), "--dir", str(home))
     assert _files(home) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,8 +15,7 @@ from fedclip_secure.privacy import ledger_file
 from fedclip_secure.privacy.entries import chain_of
 from tests.disk import file_limit
 from tests.privacy.books import TERMS, Books, terms, units
-
-_NOBODY = 65534
+from tests.users import give_away, without_privileges
 
 
 @pytest.fixture
@@ -221,19 +219,6 @@ def test_database_is_told_to_survive_a_power_cut(used: Books) -> None:
     assert told == {"synchronous": 3, "journal_mode": "truncate"}  # 3: EXTRA
 
 
-@contextlib.contextmanager
-def _without_privileges() -> Iterator[None]:
-    """The superuser may write everywhere."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(_NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 _LET = "': cannot be used .*let the user that runs this program"
 
 
@@ -242,12 +227,11 @@ def test_what_may_not_be_used_is_named_before_anything_is_spent(used: Books, mod
     with tempfile.TemporaryDirectory() as outside:  # pytest's own folders are closed to others
         books = Books(used.folder.rename(Path(outside) / "ledger"))
         for path in (Path(outside), books.folder, *books.folder.iterdir()):
-            if os.geteuid() == 0:
-                os.chown(path, _NOBODY, -1)
+            give_away(path)
         (books.folder / "ledger.sqlite-journal").unlink()  # it stays behind, and would do to write into
         before = books.files()
         (books.folder / name).chmod(mode)
-        with _without_privileges(), pytest.raises(DataError, match=_LET):
+        with without_privileges(), pytest.raises(DataError, match=_LET):
             books.open().open_run(TERMS, units(range(12)), None).reserve(3)
         books.close()
         assert books.files() == before

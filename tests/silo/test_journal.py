@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 import subprocess
@@ -21,10 +20,10 @@ from fedclip_secure.silo.journal import DamagedJournalError, Journal
 from tests.disk import file_limit
 from tests.fakes import Federation
 from tests.silo.desk import AGREED, STAGES, Desk, step_of, up_to
+from tests.users import give_away, without_privileges
 from tests.waiting import BOUND
 
 OTHER_MODEL = b"m" * 32
-_NOBODY = 65534  # a user without privileges
 
 
 @pytest.fixture
@@ -388,19 +387,6 @@ def test_newer_journal_is_not_put_down_as_damaged(desk: Desk) -> None:
     assert not isinstance(caught.value, DamagedJournalError)
 
 
-@contextlib.contextmanager
-def _without_privileges() -> Iterator[None]:
-    """The superuser may write everywhere."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(_NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 @pytest.fixture
 def shared_desk() -> Iterator[Desk]:
     """Of a silo whose identity is another user's; pytest's own folders are closed to others."""
@@ -409,8 +395,7 @@ def shared_desk() -> Iterator[Desk]:
         _used(desk)
         for path in (Path(folder), *Path(folder).rglob("*")):
             path.chmod(0o777)
-            if os.geteuid() == 0:
-                os.chown(path, _NOBODY, -1)
+            give_away(path)
         yield desk
         for path in (desk.workdir, *desk.workdir.rglob("*")):
             path.chmod(0o777)
@@ -425,7 +410,7 @@ def test_journal_that_may_not_be_written_stops_before_anything_is_drawn(shared_d
             os.chown(path, 0, -1)
     ad, vector = desk.opening(model=OTHER_MODEL)[0].ad, desk.vector()
     said = r"': cannot be (used|written|locked).*let the user that runs this program, 'nobody', write it"
-    with _without_privileges(), pytest.raises(DataError, match=said):
+    with without_privileges(), pytest.raises(DataError, match=said):
         desk.open().draw(ad, vector, trains=True)
     assert desk.database.read_bytes() == before
 
@@ -433,7 +418,7 @@ def test_journal_that_may_not_be_written_stops_before_anything_is_drawn(shared_d
 def test_epoch_file_that_may_not_be_read_is_not_called_damaged(shared_desk: Desk) -> None:
     shared_desk.epoch.chmod(0)
     with (
-        _without_privileges(),
+        without_privileges(),
         pytest.raises(DataError, match=r"epoch': cannot be read \(.*\); let the user .* read it"),
     ):
         shared_desk.open()
