@@ -226,23 +226,44 @@ def _equal(paths: Sequence[str], group: Sequence[int]) -> str:
     return " = ".join(paths[number] for number in group[:_EQUALS]) + more
 
 
-_MOST = f"{CLIPPED:.0%} or more of what is not black is white"
-_WINDOW = "check that the plan's `model.image_window` fits this scanner, and tell the coordinator"
-_LOOKS: tuple[tuple[str, Callable[[ImageFacts], bool], str, bool], ...] = (
-    ("of one colour, or nearly", lambda facts: facts.one_coloured, f"they show nothing: replace or {_WINDOW}", True),
-    ("clipped", lambda facts: facts.clipped, f"{_MOST}: {_WINDOW}", True),
-    ("of little contrast", lambda facts: facts.of_little_contrast, f"few levels of 255 are used: {_WINDOW}", False),
-    ("tiny", lambda facts: facts.tiny, f"shorter side below {TINY} pixels: are they thumbnails?", True),
-    ("of several frames", lambda facts: facts.frames > 1, "the first frame counts, of DICOM's the middle one", False),
-)  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What may be seen of an image; `spoilt`: by the image, or by the window that it was read through."""
+
+    kind: str
+    is_so: Callable[[ImageFacts], bool]
+    said: str
+    refused: bool
+    spoilt: bool = False
+
+
+_LOOKS = (
+    _Look("of one colour, or nearly", lambda facts: facts.one_coloured, "they show nothing", True, True),
+    _Look("clipped", lambda facts: facts.clipped, f"{CLIPPED:.0%} or more of what is not black is white", True, True),
+    _Look("of little contrast", lambda facts: facts.of_little_contrast, "few levels of 255 are used", False, True),
+    _Look("tiny", lambda facts: facts.tiny, f"shorter side below {TINY} pixels: are they thumbnails?", True),
+    _Look("of several frames", lambda facts: facts.frames > 1, "the first counts, of DICOM's the middle one", False),
+)
 
 
 def _looks(seen: Seen) -> Iterable[Finding]:
-    for kind, is_so, said, refused in _LOOKS:
-        found = [path for path, facts in zip(seen.paths, seen.facts, strict=True) if is_so(facts)]
+    for look in _LOOKS:
+        found = [path for path, facts in zip(seen.paths, seen.facts, strict=True) if look.is_so(facts)]
         if found:
             share = f"{len(found)} of {len(seen.paths)} image(s) ({len(found) / len(seen.paths):.0%})"
-            yield Finding(kind, len(found), f"{share} are {kind}; {said}", tuple(found[:EXAMPLES]), refused)
+            remedy = _mended(seen.window) if look.spoilt else ""
+            text = f"{share} are {look.kind}; {look.said}{remedy}"
+            yield Finding(look.kind, len(found), text, tuple(found[:EXAMPLES]), look.refused)
+
+
+def _mended(window: tuple[int, int] | None) -> str:
+    remedy = ": look at them, and replace what is spoilt"
+    if window is None:
+        return remedy
+    return (
+        f"{remedy}; of those with more than 8 bits, check that the plan's `model.image_window` fits this scanner, and "
+        "tell the coordinator"
+    )
 
 
 def _untrained(seen: Seen) -> Iterable[Finding]:

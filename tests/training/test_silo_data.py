@@ -29,7 +29,6 @@ from fedclip_secure.training.inputs import Inputs, load_inputs
 from fedclip_secure.training.prepare import prepare
 from tests.data.test_dicom import dicom
 
-RANDOM = np.random.default_rng(0)
 CLASSES = ("cat", "dog")
 HOUR_AGO = time.time() - 3600
 
@@ -39,16 +38,21 @@ class House:
 
     def __init__(self, folder: Path, tower: Path, contract: Contract) -> None:
         self.images, self.work, self.weights, self.contract = folder / "images", folder / "work", tower, contract
+        self.random = np.random.default_rng(0)
 
     def picture(self, name: str, value: int | None = None, size: int = 48) -> Path:
         path = self.images / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise = RANDOM.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        noise = self.random.integers(0, 256, (size, size, 3), dtype=np.uint8)
         Image.fromarray(noise if value is None else np.full_like(noise, value)).save(path)
         return path
 
+    def deep(self, above: int, least: int = 0) -> np.ndarray[Any, np.dtype[np.uint16]]:
+        """Pixels of 16 bits, (48, 48), from `least` to below `above`."""
+        return self.random.integers(least, above, (48, 48), dtype=np.uint16)
+
     def scan(self, name: str, patient: str, **tags: Any) -> Path:
-        return dicom(self.images / name, RANDOM.integers(0, 4096, (48, 48), dtype=np.uint16), PatientID=patient, **tags)
+        return dicom(self.images / name, self.deep(4096), PatientID=patient, **tags)
 
     def read(self, *, verify: bool = False, **data: Any) -> Inputs:
         for path in self.images.rglob("*"):
@@ -170,14 +174,26 @@ def test_equal_bytes_of_two_patients_in_several_splits_are_found(house: House, t
 def test_images_of_which_a_window_left_nothing_are_found(house: House) -> None:
     pictures(house)
     for number in range(3):
-        pixels = RANDOM.integers(6000, 60000, (48, 48), dtype=np.uint16)
-        Image.fromarray(pixels).save(house.images / f"cat/deep{number}.png")
+        Image.fromarray(house.deep(60000, 6000)).save(house.images / f"cat/deep{number}.png")
     house.picture("dog/tiny.png", size=20)
     report = house.report()
     assert kinds(report) == {"of one colour, or nearly": 3, "clipped": 3, "tiny": 1}
     assert report.findings[0].text.startswith("3 of 28 image(s) (11%) are of one colour, or nearly; ")
     assert "model.image_window" in report.findings[0].text
     assert kinds(house.report()) == kinds(report), "what was seen is kept with the features"
+
+
+def test_pages_that_no_window_spoilt_are_to_be_looked_at(
+    tmp_path: Path, random_tower: Path, tower_plan: FederationPlan
+) -> None:
+    plan = tower_plan.model_copy(update={"classes": {"cat": "a cat", "dog": "a dog"}})
+    contract = Contract(plan, prepare(plan, random_tower).lock)
+    house = House(tmp_path, random_tower / "tower.safetensors", contract)
+    pictures(house)
+    house.picture("dog/page.png", value=128)
+    (finding,) = house.report().findings
+    said = "1 of 25 image(s) (4%) are of one colour, or nearly; they show nothing: look at them, and replace what is"
+    assert finding.text == f"{said} spoilt"
 
 
 def test_grey_dicom_of_8_bits_is_as_bright_as_the_picture_of_it(house: House) -> None:
@@ -232,13 +248,13 @@ def test_manifest_of_dicom_takes_patients_from_it_too(house: House, tmp_path: Pa
 
 def test_picture_without_an_extension_in_a_manifest_is_no_dicom(house: House, tmp_path: Path) -> None:
     listed = ["path,label"]
-    for number in range(6):
+    for number in range(24):
         path = house.picture(f"{CLASSES[number % 2]}/{number}.png")
         path.rename(path.with_suffix(""))
         listed.append(f"{path.with_suffix('')},{path.parent.name}")
     (tmp_path / "list.csv").write_text("\n".join(listed))
     report = house.report(format="manifest", path=str(tmp_path / "list.csv"))
-    assert (report.used, report.patients, report.findings) == (6, None, report.findings[:0])
+    assert (report.used, report.patients, report.findings) == (24, None, ())
 
 
 def test_dicom_under_another_name_is_told(house: House) -> None:
