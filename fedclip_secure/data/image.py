@@ -28,6 +28,8 @@ _UPRIGHT = {  # by orientation: what turns such an image upright (EXIF 2.32, 4.6
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What stands in a repository for a large file until it is fetched, and what fetches it.
+_POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits per pixel
 _DEEP_BYTES, _PLAIN_BYTES, _CLEAR_BYTES = 24, 12, 20  # of a pixel at most, as measured: float64, RGB, transparency
 
@@ -62,7 +64,8 @@ def is_image(path: str) -> bool:
 @cache
 def _extensions() -> frozenset[str]:
     """Lower-case suffixes of Pillow's formats and of DICOM."""
-    pillow = (suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    readers = {*Image.OPEN, "MPO"}  # which JPEG's reader opens
+    pillow = (suffix for suffix, kind in Image.registered_extensions().items() if kind in readers)
     return frozenset((*pillow, *DICOM_SUFFIXES))
 
 
@@ -111,6 +114,9 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Dec
         raise DataError(f"{path}: has more pixels than Pillow reads safely ({error}); scale it down") from error
     except Exception as error:  # Pillow's and pydicom's decoders raise whatever a broken file makes them raise
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
+        fetch = next((get for begin, get in _POINTERS.items() if data.startswith(begin)), None)
+        if fetch is not None:
+            raise DataError(f"{path}: stands for an image that was not downloaded; get it with `{fetch}`") from error
         raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or move it away") from error
 
 

@@ -162,6 +162,30 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         load_image(path, None)
 
 
+@pytest.mark.parametrize(
+    ("begins", "fetch"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab", "git lfs pull"),
+        ("/annex/objects/X", "git annex get"),
+    ],
+)
+def test_file_that_stands_for_one_that_was_not_fetched_is_named_with_what_fetches_it(
+    tmp_path: Path, begins: str, fetch: str
+) -> None:
+    (tmp_path / "scan.png").write_text(f"{begins}\n")
+    with pytest.raises(
+        DataError, match=rf"scan\.png: stands for an image that was not downloaded; get it with `{fetch}`"
+    ):
+        load_image(tmp_path / "scan.png", None)
+
+
+def test_picture_of_several_views_is_an_image_by_its_own_name_too(root: Path) -> None:
+    views = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    save(root / "cat/two.mpo", views[0], save_all=True, append_images=views[1:])
+    assert [file.path.name for file in read_folder(root, CLASSES).files].count("two.mpo") == 1
+    assert load_image(root / "cat/two.mpo", None).getpixel((0, 0))[0] > 200  # type: ignore[index]
+
+
 def test_missing_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png': cannot be read \(No such file"):
         load_image(tmp_path / "gone.png", None)
