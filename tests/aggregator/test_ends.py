@@ -211,7 +211,7 @@ def test_a_run_whose_models_go_in_a_circle_is_halted_and_says_so(tmp_path: Path)
     async def run() -> None:
         for _ in range(2):  # a restart changes nothing
             async with site.serving(), silos_of(site) as silos:
-                silos.trainer_of = lambda name, size: Turning(SteadyTrainer.of(name, size).records, np.zeros(size))
+                silos.trainer_of = Turning.of
                 silos.start(*FOUR)
                 for name in FOUR:
                     with pytest.raises(TrustError, match="the aggregator halted the run: the models go in a circle"):
