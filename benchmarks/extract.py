@@ -32,7 +32,7 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data.dataset import ImageFile
-from fedclip_secure.data.image import decode_image
+from fedclip_secure.data.image import load_image
 from fedclip_secure.features.batch import batch_size
 from fedclip_secure.features.encoder import Encoder, load_encoder, resolve
 from fedclip_secure.features.extract import ExtractOptions, extract
@@ -83,7 +83,7 @@ def against_forward(folder: Path, data: Path) -> dict[str, list[float]]:
     weights = folder / "vit" / "tower.safetensors"
     encoders = {kind: load_encoder(exact.lock, model, weights, "cpu", kind) for kind in ("fp32", "bf16")}
     at_once = batch_size(encoders["fp32"])
-    images = [exact.transform(decode_image(path.read_bytes(), path, None).image) for path in paths]
+    images = [exact.transform(load_image(path, None)) for path in paths]
     batches = torch.stack(images).split(at_once)
     work: dict[str, Callable[[], object]] = {"forward": lambda: [encoders["fp32"].encode_images(b) for b in batches]}
     for kind, encoder in encoders.items():

@@ -35,6 +35,8 @@ PASSING = _numbers(
     "EIO ESTALE ETIMEDOUT EAGAIN EINTR "
     "ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ECONNABORTED ECONNRESET ECONNREFUSED"
 )
+# May be the fault of one file alone.
+OF_ONE_FILE = _numbers("EACCES EPERM ENOENT ENOTDIR EISDIR EINVAL ELOOP ENAMETOOLONG")
 
 
 class Meaning(Enum):
@@ -275,6 +277,8 @@ def _closed(path: Path) -> Meaning:
             return Meaning.READ_ONLY
     except OSError as error:
         return _ERRNOS.get(error.errno or 0, Meaning.OTHER)
+    if there not in (path.absolute(), path.absolute().parent):  # not even the folder is there
+        return Meaning.OTHER
     open_to_us = all(os.access(each, os.R_OK | os.W_OK, effective_ids=True) for each in (there, path.absolute().parent))
     return Meaning.OTHER if open_to_us else Meaning.PERMISSION
 

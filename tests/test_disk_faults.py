@@ -37,7 +37,7 @@ from fedclip_secure.config.yaml12 import replace_scalar
 from fedclip_secure.data import embeddings, walk
 from fedclip_secure.data.dicom import patient_of
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.image import is_image, load_image
+from fedclip_secure.data.image import FileKind, file_kinds, load_image
 from fedclip_secure.data.manifest import read_manifest
 from fedclip_secure.data.synthetic import write_lab
 from fedclip_secure.disk import Meaning, check_disk, is_damage, meaning_of
@@ -74,6 +74,7 @@ from tests.waiting import BOUND
 
 ROOT = Path(__file__).resolve().parent.parent
 _READS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_FAILS = (errno.EIO, errno.ESTALE)
 _WRITES = (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT)
 _WORDS = {
     errno.EACCES: "let the user that runs this program, '",
@@ -137,6 +138,7 @@ class Place:
     module: str
     path: Callable[[Disk], Path]
     use: Callable[[Disk, Path], object]
+    numbers: tuple[int, ...] = _READS  # what is told here
 
 
 def _file(name: str) -> Callable[[Disk], Path]:
@@ -292,9 +294,9 @@ READS = [
         _shards,
         lambda _, path: FeatureCache(path.parent, b"\0", (2,)),
     ),
-    Place("patient of DICOM", "data/dicom.py", _file("1.dcm"), lambda _, path: patient_of(path)),
+    Place("patient of DICOM", "data/dicom.py", _file("1.dcm"), lambda _, path: patient_of(path), _FAILS),
     Place("data report", "training/silo_data.py", _file("data-report.json"), lambda _, path: _holds(path, b"")),
-    Place("image without a suffix", "data/image.py", _file("IM0001"), lambda _, path: is_image(str(path))),
+    Place("image without a suffix", "data/image.py", _file("IM0001"), lambda _, path: file_kinds([str(path)]), _FAILS),
     Place("manifest", "data/manifest.py", _file("r.csv"), lambda _, path: read_manifest(path, path.parent, ["a"])),
     Place("features", "data/embeddings.py", _file("features.npz"), lambda _, path: embeddings._read(path)),
     Place("features", "data/embeddings.py", _file("f.safetensors"), lambda _, path: embeddings._read(path)),
@@ -398,7 +400,10 @@ DATABASES = [
 # Modules that open files and stand in no table, and why that is no gap.
 ELSEWHERE = {
     "aggregator/app.py": "the answer is 503, and the log has the message: tests/aggregator/test_server_process.py",
+    "aggregator/attempt.py": "as in app.py, which calls it",
     "aggregator/serve.py": "looks after its certificate and runs on: tests/aggregator/test_server_certificate.py",
+    "silo/recovery.py": "renames in the folder whose journal it has just read",
+    "simulate/sources.py": "renames what data/synthetic.py has just written",
     "silo/link.py": "maps what has just been downloaded: tests/silo/test_link.py",
     "privacy/software.py": "reads the package's own code",
     "simulate/cells.py": "reads the package's own code",
@@ -490,8 +495,14 @@ def _ids(places: list[Place]) -> list[str]:
     return [f"{place.module}: {place.name}" for place in places]
 
 
-@pytest.mark.parametrize("number", _READS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("place", READS, ids=_ids(READS))
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        pytest.param(place, number, id=f"{name}: {errno.errorcode[number]}")
+        for place, name in zip(READS, _ids(READS), strict=True)
+        for number in place.numbers
+    ],
+)
 def test_file_that_the_disk_does_not_give_is_named_with_what_helps(disk: Disk, place: Place, number: int) -> None:
     path = place.path(disk)
     with _refusing(path, number):
@@ -499,6 +510,14 @@ def test_file_that_the_disk_does_not_give_is_named_with_what_helps(disk: Disk, p
     assert said.startswith(f"'{path}': cannot be "), said
     assert _WORDS[number] in said
     assert not _NEVER.search(said), said
+
+
+@pytest.mark.parametrize("number", set(_READS) - set(_FAILS), ids=errno.errorcode.get)
+def test_image_that_is_closed_is_left_to_be_read_which_says_why(disk: Disk, number: int) -> None:
+    path = disk.file("IM0002")
+    with _refusing(path, number):
+        assert file_kinds([str(path)]) == [FileKind.CLOSED]
+        assert patient_of(path) is None
 
 
 @pytest.mark.parametrize("number", _WRITES, ids=errno.errorcode.get)
@@ -523,6 +542,12 @@ def test_database_that_the_disk_refuses_is_not_called_damaged(disk: Disk, place:
     assert _WORDS[number] in said
     assert not _NEVER.search(said), said
     assert path.is_file()
+
+
+def test_database_in_a_folder_that_is_gone_is_not_called_closed(tmp_path: Path) -> None:
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        sqlite3.connect(tmp_path / "gone" / "journal.sqlite")
+    assert meaning_of(caught.value, tmp_path / "gone" / "journal.sqlite") is Meaning.OTHER
 
 
 def _database_error(kind: type[sqlite3.Error], code: int | None, said: str = "what SQLite says") -> sqlite3.Error:
@@ -607,6 +632,7 @@ def test_identity_of_another_user_is_not_called_damaged(name: str, load_it: Call
 _OPENERS = {
     "open", "read_bytes", "read_text", "write_bytes", "write_text", "iterdir", "memmap", "safe_open", "load_file",
     "save_file", "load_cert_chain", "load_verify_locations", "flock", "lockf", "connect", "scandir", "listdir",
+    "open_regular", "unlink", "mkdir", "touch", "rename",
 }  # fmt: skip
 _NO_FILES = {"Image.open", "resources", "self.open", "self._open", "store.blobs.save_file"}
 
@@ -616,7 +642,8 @@ def _opens(path: Path) -> bool:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called.split(".")[-1] in _OPENERS and not any(called.startswith(name) for name in _NO_FILES):
+            moves = called.endswith(".replace") and len(node.args) == 1 and not node.keywords  # of a path, not a text
+            if (moves or called.split(".")[-1] in _OPENERS) and not any(called.startswith(name) for name in _NO_FILES):
                 return True
     return False
 

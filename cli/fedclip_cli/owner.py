@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import sys
+from itertools import pairwise
 from pathlib import Path
-
-import click
 
 from fedclip_secure.config.silo import SiloConfig, read_silo
 from fedclip_secure.disk import owner_of, owner_of_new, user_name
@@ -29,13 +30,22 @@ def check_owner(*folders: Path) -> None:
 
 
 def _as_user(owner: int, group: int) -> str:
-    user, command = user_name(owner), click.get_current_context().command_path
+    user, command = user_name(owner), _typed()
     if user != f"#{owner}":
         return f"sudo -u {shlex.quote(user)} {command}"
     return (
         f"in a container `docker run --user {owner}:{group}`, else `setpriv --reuid {owner} --regid {group} "
         f"--clear-groups {command}`"
     )
+
+
+def _typed() -> str:
+    """The command once more. By its whole path, for sudo has a PATH of its own; without a token, which is a secret."""
+    words = [
+        "TOKEN" if before == "--token" else re.sub(r"^--token=.*", "--token=TOKEN", word, flags=re.DOTALL)
+        for before, word in pairwise(sys.argv)
+    ]
+    return shlex.join([str(Path(sys.argv[0]).absolute()), *words])
 
 
 def settings(path: Path) -> SiloConfig:

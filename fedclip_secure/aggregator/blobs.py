@@ -19,7 +19,8 @@ from fedclip_secure.secagg.ring import WORD, Words
 
 _MODEL = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{8}\.part")
 _VECTOR = re.compile(r"[0-9a-f]{64}\.words|[0-9a-f]{32}\.part|\.[0-9a-f]{64}\.words\.[0-9a-f]{8}\.part")
-_RESTORE = "restore the coordinator's state folder"
+# Silos do not go back: over an older state the run would stand still.
+RESTORE = "restore `state/` as the server last left it; where that is lost, start a new federation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Blobs:
     def vector(self, sha256: bytes) -> Words:
         """A masked vector or a sum, read-only, mapped from its file."""
         path = self.vector_path(sha256)
-        with telling(path, otherwise=_RESTORE):
+        with telling(path, otherwise=RESTORE):
             return np.asarray(np.memmap(path, dtype=WORD, mode="r"), dtype=np.uint32)
 
     def save_vector(self, sha256: bytes, data: memoryview) -> None:
@@ -49,13 +50,13 @@ class Blobs:
 
     def sync_vectors(self) -> None:
         """Put the names of vectors that have arrived on the disk."""
-        with telling(self.folder / "vectors", "be written", _RESTORE):
+        with telling(self.folder / "vectors", "be written", RESTORE):
             sync_folder(self.folder / "vectors")
 
     def remove_vector(self, sha256: bytes) -> None:
         """Remove a vector that is of no more use, if it is there."""
         path = self.vector_path(sha256)
-        with telling(path, "be removed", _RESTORE):
+        with telling(path, "be removed", RESTORE):
             path.unlink(missing_ok=True)
 
     def new_vector_path(self) -> Path:
@@ -65,7 +66,7 @@ class Blobs:
     def keep_vectors(self, wanted: Collection[bytes]) -> None:
         """Remove all but these: what was arriving, or about to be removed, when the server stopped."""
         kept, folder = {self.vector_path(sha256) for sha256 in wanted}, self.folder / "vectors"
-        with telling(folder, "be written", _RESTORE):
+        with telling(folder, "be written", RESTORE):
             for path in _ours(folder, _VECTOR) - kept:
                 path.unlink()
 
@@ -83,7 +84,7 @@ class Blobs:
         try:
             found = _ours(folder, _MODEL)
         except OSError as error:
-            return [refused(error, folder, otherwise=_RESTORE)]
+            return [refused(error, folder, otherwise=RESTORE)]
         for path in sorted(found - kept):
             try:
                 path.unlink(missing_ok=True)
@@ -95,7 +96,7 @@ class Blobs:
         """Keep as a model what is there as a file."""
         path = self.file_path(sha256)
         with (
-            telling(path, otherwise=_RESTORE),
+            telling(path, otherwise=RESTORE),
             path.open("rb") as file,
             writing_atomically(self.model_path(digest)) as copy,
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedclip_secure.aggregator.blobs import RESTORE
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.store import RoundRow, Store
 from fedclip_secure.config.lock import Contract
@@ -56,7 +57,7 @@ def _state(store: Store, digest: bytes, terms: Terms) -> AdapterState:
     try:
         state = AdapterState.from_file(path, terms.layout, str(path))
     except OSError as error:
-        raise DataError(refused(error, path, otherwise="restore the coordinator's state folder")) from error
+        raise DataError(refused(error, path, otherwise=RESTORE)) from error
     if state.digest != digest:
-        raise DataError(f"{path}: is not the model of its name; restore the coordinator's state folder")
+        raise DataError(f"{path}: is not the model of its name; {RESTORE}")
     return state

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from fedclip_secure.aggregator.attempt import LiveAttempt
+from fedclip_secure.aggregator.blobs import RESTORE
 from fedclip_secure.aggregator.complaints import excluded
 from fedclip_secure.aggregator.notes import REASON, Notes, listed, name_of, waits_for
 from fedclip_secure.aggregator.presence import Presence
@@ -30,10 +31,7 @@ from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.transport.messages import OpeningAnswer
 
-_RESTORED = (
-    "which the coordinator's state does not know: it was restored from an older backup. Restore the newest "
-    "state folder, or start a new run"
-)
+_RESTORED = f"which the coordinator's state does not know: it was restored from an older backup; {RESTORE}"
 _QUICK, _LONGEST_PAUSE = 5, 60.0  # attempts at one round without a pause between; seconds
 
 
@@ -371,7 +369,7 @@ class Rounds:
     def _model(self, digest: bytes) -> AdapterState:
         path = self.store.blobs.model_path(digest)
         if not path.is_file():
-            raise DataError(f"the model {digest.hex()} is missing from the aggregator's state; restore the folder")
+            raise DataError(f"the model {digest.hex()} is missing from the aggregator's state; {RESTORE}")
         return AdapterState.from_file(path, self.terms.layout, digest.hex())
 
     def _close(self, live: LiveAttempt) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedclip_secure.aggregator.blobs import Blobs
+from fedclip_secure.aggregator.blobs import RESTORE, Blobs
 from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, is_locked, lock_file, refused
 from fedclip_secure.errors import DataError, ProtocolError, TrustError
 from fedclip_secure.model.points import ModelPoint, best_of
@@ -126,12 +126,21 @@ class Store:
         self.blobs = Blobs(folder)
         with self._usable():
             self._sql = _opened_to_read(self._path) if reading else self._opened()
-            if self._is_new():
-                if reading:
-                    self._sql = sqlite3.connect(":memory:")
-                self._sql.execute(f"PRAGMA user_version = {_VERSION}")
-            if not reading or self._is_new():
-                self._sql.executescript(_SCHEMA)
+            try:
+                self._begin(reading=reading)
+            except BaseException:
+                self._sql.close()
+                raise
+
+    def _begin(self, *, reading: bool) -> None:
+        new = self._is_new()
+        if new and reading:
+            self._sql.close()
+            self._sql = sqlite3.connect(":memory:")
+        if new:
+            self._sql.execute(f"PRAGMA user_version = {_VERSION}")
+        if new or not reading:
+            self._sql.executescript(_SCHEMA)
 
     def _opened(self) -> sqlite3.Connection:
         self.blobs.make_folders()
@@ -151,10 +160,7 @@ class Store:
             raise
         except sqlite3.Error as error:
             if is_damage(error):
-                raise DataError(
-                    f"'{self._path}': is damaged as the aggregator's state ({error}); restore the newest backup of the "
-                    "whole folder that `init` made"
-                ) from error
+                raise DataError(f"'{self._path}': is damaged as the aggregator's state ({error}); {RESTORE}") from error
             raise DataError(refused(error, self._path, "be used as the aggregator's state", _ELSEWHERE)) from error
 
     def _is_new(self) -> bool:
@@ -453,6 +459,24 @@ def _opened_to_read(path: Path) -> sqlite3.Connection:
         path.stat()
     except FileNotFoundError:
         return sqlite3.connect(":memory:")
-    # Where there is no log all is in the file itself, and SQLite would make a log only to read it.
-    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{alone}", timeout=_PATIENCE, uri=True)
+    alone = _copied(path)
+    if alone is None:
+        return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", timeout=_PATIENCE, uri=True)
+    sql = sqlite3.connect(":memory:")
+    if alone:
+        sql.deserialize(alone)
+    return sql
+
+
+def _copied(path: Path) -> bytes | None:
+    """The database where nobody writes to it, from memory: SQLite would make a log beside it only to read it.
+
+    None where there is a log, of a server that runs or was killed: what counts is in both, and SQLite puts it together.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    while not log.exists():
+        before, data, after = path.stat(), path.read_bytes(), path.stat()
+        if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and not log.exists():
+            # 1 for 2: read without a log, which a database in memory cannot have (SQLite's file format, 1.3.3).
+            return data[:18] + data[18:20].replace(b"\x02", b"\x01") + data[20:]
+    return None

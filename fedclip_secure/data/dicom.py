@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from fedclip_secure.data.room import DECODING
-from fedclip_secure.data.walk import looked_at
+from fedclip_secure.data.walk import patiently
 from fedclip_secure.data.window import to_grey
+from fedclip_secure.disk import OF_ONE_FILE, refused
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.extras import install_command, lacking
 from fedclip_secure.files import open_regular
@@ -59,7 +61,7 @@ _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """A file's frame that counts, as 8-bit RGB; of how many; what share of it lay beyond the window."""
+    """A file's frame that counts, as 8-bit RGB; of how many; what share of it the window made black, and white."""
 
     image: Image.Image
     frames: int
@@ -67,13 +69,14 @@ class Frame:
     above: float = 0.0
 
 
-def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None) -> Frame:
+def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None, memory: ExitStack) -> Frame:
     """Decode a DICOM file to 8-bit RGB; of several frames the middle one, of an even number the later of the two.
 
     A file is one record with one label, however many frames it has; of a volume or a film the ends show least.
     Grey pixels are rescaled by the file's slope and intercept (or its modality LUT) and mapped from
     `window` [low, high], in rescaled units, to 0..255; MONOCHROME1 is inverted. Grey of up to 8 bits that is not
-    rescaled is no deeper than a picture, and fills 0..255 by itself. Colour must have 8 bits.
+    rescaled is no deeper than a picture, and fills 0..255 by itself. Colour must have 8 bits. What memory it takes is
+    held until `memory` is closed.
 
     Raises:
         DataError: names `path`; no DICOM, no pixels, too large, or pixels that cannot be decoded.
@@ -81,24 +84,25 @@ def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None) -> Frame
     """
     file = _parse(io.BytesIO(data), path, _TAGS)
     frames = _check(file, path)
-    with DECODING.taken(_BYTES * int(file.Rows) * int(file.Columns)):
-        pixels = _pixels(file, path, frames // 2)
-        kind = str(file.PhotometricInterpretation)
-        if kind in _COLOUR:
-            return Frame(Image.fromarray(pixels.astype(np.uint8, casting="safe")), frames)
-        said = _transformation(file, frames // 2)
-        grey = to_grey(_rescaled(pixels, said), path, _own_range(file, said) or window)
-        values = 255 - grey.values if kind == "MONOCHROME1" else grey.values
-        return Frame(Image.fromarray(values).convert("RGB"), frames, grey.below, grey.above)
+    memory.enter_context(DECODING.taken(_BYTES * int(file.Rows) * int(file.Columns)))
+    pixels = _pixels(file, path, frames // 2)
+    kind = str(file.PhotometricInterpretation)
+    if kind in _COLOUR:
+        return Frame(Image.fromarray(pixels.astype(np.uint8, casting="safe")), frames)
+    said = _transformation(file, frames // 2)
+    grey = to_grey(_rescaled(pixels, said), path, _own_range(file, said) or window)
+    if kind == "MONOCHROME1":  # what lies below its window is white
+        return Frame(Image.fromarray(255 - grey.values).convert("RGB"), frames, grey.above, grey.below)
+    return Frame(Image.fromarray(grey.values).convert("RGB"), frames, grey.below, grey.above)
 
 
 def patient_of(path: Path) -> str | None:
     """A file's PatientID without spaces around it (PS3.3, C.7.1.1), empty where there is none; no pixels are read.
 
-    None where the file cannot be parsed: such a one is left out where it is decoded.
+    None where the file cannot be opened or parsed: such a one is left out where it is decoded.
 
     Raises:
-        DataError: the file cannot be opened or read.
+        DataError: the disk fails.
         ConfigError: pydicom is not installed.
     """
 
@@ -111,7 +115,12 @@ def patient_of(path: Path) -> str | None:
             except Exception:  # pydicom raises whatever a broken file makes it raise
                 return None
 
-    return looked_at(parsed, path)
+    try:
+        return patiently(parsed)
+    except OSError as error:
+        if error.errno not in OF_ONE_FILE:
+            raise DataError(refused(error, path)) from error
+        return None
 
 
 def _parse(file: BinaryIO, path: Path, tags: Sequence[str]) -> Dataset:

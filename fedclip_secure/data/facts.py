@@ -21,8 +21,8 @@ class ImageFacts:
     width: int
     height: int
     frames: int  # in the file, of which one counts
-    below: float  # the plan's window, or at its end; 0 where none is needed
-    above: float
+    below: float  # what the plan's window made black; 0 where none is needed
+    above: float  # white
     span: int  # from the darkest to the brightest pixels
 
     @property

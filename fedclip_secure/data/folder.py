@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, composed, near, some
 from fedclip_secure.data.dataset import ImageFile
-from fedclip_secure.data.image import is_image
+from fedclip_secure.data.image import FileKind, file_kinds
 from fedclip_secure.data.listing import LeftOut, Listing, Reason, kinds_of
-from fedclip_secure.data.walk import is_housekeeping, looked_at, walk
+from fedclip_secure.data.walk import is_housekeeping, looked_at, lost_link, walk
 from fedclip_secure.errors import DataError
 
 
@@ -45,7 +45,7 @@ def _class_folders(root: Path, classes: Sequence[str], listing: Listing) -> dict
     listing.left_out += [LeftOut(str(entry), Reason.PASSED_OVER) for entry in entries if entry not in mine]
     gone = [entry for entry in mine if entry.is_symlink() and not entry.exists()]
     if gone:
-        raise DataError(f"'{gone[0]}': is a link to what is not there; mount or restore what it names, or remove it")
+        raise DataError(lost_link(gone[0]))
     strays = [entry.name for entry in mine if not looked_at(entry.is_dir, entry)]
     if strays:
         raise DataError(
@@ -81,11 +81,12 @@ def images_in(folder: Path) -> tuple[list[str], list[LeftOut]]:
     """The images below `folder`, at any depth, rising; and what else is there.
 
     Raises:
-        DataError: a folder cannot be listed, or a file not be looked at.
+        DataError: a folder cannot be listed, or the disk fails.
     """
     found = walk(folder)
-    images = [path for path in found.files if is_image(path)]
-    others = sorted(set(found.files).difference(images))
+    kinds = file_kinds(found.files)
+    images = [path for path, kind in zip(found.files, kinds, strict=True) if kind is not FileKind.OTHER]
+    others = [path for path, kind in zip(found.files, kinds, strict=True) if kind is FileKind.OTHER]
     why = (
         (Reason.NO_IMAGE, others),
         (Reason.PASSED_OVER, found.passed_over),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from fedclip_secure.data.dicom import DICOM_SUFFIXES, PREAMBLE, Frame, is_dicom, read_dicom
 from fedclip_secure.data.facts import ImageFacts, facts_of
 from fedclip_secure.data.room import DECODING
-from fedclip_secure.data.walk import looked_at
+from fedclip_secure.data.walk import in_threads, looked_at, patiently
 from fedclip_secure.data.window import to_grey
+from fedclip_secure.disk import OF_ONE_FILE, refused
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.files import open_regular
 
@@ -42,43 +46,63 @@ class Decoded:
     facts: ImageFacts
 
 
-def is_image(path: str) -> bool:
-    """Whether a file is one that `decode_image` reads: by its extension, or DICOM by what it begins with.
+class FileKind(Enum):
+    """What a file is, as far as its name and its first bytes tell."""
+
+    PICTURE = auto()
+    DICOM = auto()
+    CLOSED = auto()  # cannot be looked at, for a reason of its own: reading it will say why
+    OTHER = auto()
+
+
+def file_kinds(paths: Sequence[str]) -> list[FileKind]:
+    """Of each file: by its extension, or DICOM by what it begins with.
 
     Scanners name DICOM files IM000001, or by a UID with dots in it.
 
     Raises:
-        DataError: it cannot be looked at.
+        DataError: the disk fails.
     """
-    _, dot, end = path.rpartition("/")[2].rpartition(".")
-    if dot and f".{end.lower()}" in _extensions():
-        return True
+    nameless = [path for path in paths if _extension(path) not in _extensions()]
+    begun = dict(zip(nameless, in_threads(_begun, nameless), strict=True))
+    return [begun[path] if path in begun else _named(path) for path in paths]
 
+
+def named_as_picture(path: str) -> bool:
+    """Whether its name is that of a picture in a format other than DICOM."""
+    return _extension(path) in _extensions() and _named(path) is FileKind.PICTURE
+
+
+def _named(path: str) -> FileKind:
+    return FileKind.DICOM if _extension(path) in DICOM_SUFFIXES else FileKind.PICTURE
+
+
+def _begun(path: str) -> FileKind:
     def begins() -> bytes:
         with open_regular(Path(path)) as file:
             return file.read(PREAMBLE)
 
-    return is_dicom(looked_at(begins, path))
+    try:
+        return FileKind.DICOM if is_dicom(patiently(begins)) else FileKind.OTHER
+    except OSError as error:
+        if error.errno not in OF_ONE_FILE:
+            raise DataError(refused(error, path)) from error
+        return FileKind.CLOSED
+
+
+def _extension(path: str) -> str:
+    """Lower-case, with its dot; empty without one."""
+    _, dot, end = path.rpartition("/")[2].rpartition(".")
+    return dot and f".{end.lower()}"
 
 
 @cache
 def _extensions() -> frozenset[str]:
     """Lower-case suffixes of Pillow's formats and of DICOM."""
-    readers = {*Image.OPEN, "MPO"}  # which JPEG's reader opens
+    Image.init()  # before it, Pillow knows no formats
+    readers = {*Image.OPEN, "MPO"}  # the last is opened by JPEG's reader
     pillow = (suffix for suffix, kind in Image.registered_extensions().items() if kind in readers)
     return frozenset((*pillow, *DICOM_SUFFIXES))
-
-
-def is_dicom_file(path: Path) -> bool:
-    """Whether a file is DICOM: by its name, or, where that says nothing, by what it begins with.
-
-    Raises:
-        DataError: it cannot be looked at.
-    """
-    end = path.suffix.lower()
-    if end in _extensions():
-        return end in DICOM_SUFFIXES
-    return path.is_file() and is_image(str(path))
 
 
 def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
@@ -87,16 +111,17 @@ def load_image(path: Path, window: tuple[int, int] | None) -> Image.Image:
     Raises:
         ConfigError, DataError: as `decode_image`; DataError also where the file cannot be read.
     """
-    return decode_image(looked_at(path.read_bytes, path), path, window).image
+    with ExitStack() as memory:
+        return decode_image(looked_at(path.read_bytes, path), path, window, memory).image
 
 
-def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Decoded:
+def decode_image(data: bytes, path: Path, window: tuple[int, int] | None, memory: ExitStack) -> Decoded:
     """Decode an image file's bytes to 8-bit RGB, turned upright by its EXIF orientation.
 
     Grey of more than 8 bits (16-bit, 32-bit, float; in DICOM as stored) is mapped from `window` [low, high] to 0..255.
     Transparent pixels become white. Of several frames or pages the first counts, of DICOM's the middle one. DICOM is
     known by its first bytes, or by its name. EXIF that cannot be read leaves an image as it is stored. Waits where
-    other threads decode so much that there is no memory for this one.
+    other threads hold so much that there is no memory for this one; it is held until `memory` is closed.
 
     Raises:
         DataError: names `path`; not an image, truncated, or too large.
@@ -105,9 +130,9 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None) -> Dec
     """
     try:
         if is_dicom(data) or path.suffix.lower() in DICOM_SUFFIXES:
-            return _of_dicom(read_dicom(data, path, window))
+            return _of_dicom(read_dicom(data, path, window, memory))
         with Image.open(io.BytesIO(data)) as stored:
-            return _decoded(stored, path, window)
+            return _decoded(stored, path, window, memory)
     except (ConfigError, DataError, ImportError, MemoryError):  # the last two are no file's fault
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -124,16 +149,16 @@ def _of_dicom(frame: Frame) -> Decoded:
     return Decoded(frame.image, facts_of(frame.image, frame.frames, frame.below, frame.above, dicom=True))
 
 
-def _decoded(stored: Image.Image, path: Path, window: tuple[int, int] | None) -> Decoded:
+def _decoded(stored: Image.Image, path: Path, window: tuple[int, int] | None, memory: ExitStack) -> Decoded:
     deep = stored.mode in _DEEP_MODES or stored.mode.startswith("I;")
     each = _DEEP_BYTES if deep else _CLEAR_BYTES if stored.has_transparency_data else _PLAIN_BYTES
-    with DECODING.taken(each * stored.width * stored.height):
-        if not deep:
-            image = _upright(stored, _as_rgb(stored))
-            return Decoded(image, facts_of(image, _frames(stored)))
-        windowed = to_grey(np.asarray(stored), path, window)
-        image = _upright(stored, Image.fromarray(windowed.values).convert("RGB"))
-        return Decoded(image, facts_of(image, _frames(stored), windowed.below, windowed.above))
+    memory.enter_context(DECODING.taken(each * stored.width * stored.height))
+    if not deep:
+        image = _upright(stored, _as_rgb(stored))
+        return Decoded(image, facts_of(image, _frames(stored)))
+    windowed = to_grey(np.asarray(stored), path, window)
+    image = _upright(stored, Image.fromarray(windowed.values).convert("RGB"))
+    return Decoded(image, facts_of(image, _frames(stored), windowed.below, windowed.above))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -92,6 +92,10 @@ class DataReport:
         others = f"; {self.without_patient} image(s) without one count as one each" if self.without_patient else ""
         return f"{self.patients} patient(s), by {who[self.patients_from]}{others}"
 
+    def of_class(self, name: str) -> int:
+        """How many images a class has over all splits."""
+        return sum(split.classes[name] for split in self.splits.values())
+
     def missed(self) -> int:
         """How many files were left out that somebody may miss."""
         return sum(one.reason is not Reason.PASSED_OVER for one in self.left_out)

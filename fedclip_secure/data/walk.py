@@ -9,7 +9,8 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ from fedclip_secure.disk import PASSING, refused
 from fedclip_secure.errors import DataError
 
 T = TypeVar("T")
+READERS = 16  # threads
 PATIENCE = (0.5, 2.0, 8.0)  # seconds between tries of what a share may do a moment later
 
 # Folders and files, lower-case, of systems and not of people: thumbnails, snapshots, bins, and what zip adds.
@@ -72,10 +74,18 @@ def subfolders(folder: Path) -> list[str]:
     """The names of the folders right below `folder`, rising, without a system's own.
 
     Raises:
-        DataError: it cannot be listed.
+        DataError: it cannot be listed; one of them is a link to what is not there.
     """
-    mine = [entry for entry in _entries(str(folder)) if not is_housekeeping(entry.name)]
-    return [entry.name for entry in mine if _looked_up(entry) == "folder"]
+    kinds = {entry.name: _looked_up(entry) for entry in _entries(str(folder)) if not is_housekeeping(entry.name)}
+    gone = [name for name, kind in kinds.items() if kind == "dangling"]
+    if gone:
+        raise DataError(lost_link(folder / gone[0]))
+    return [name for name, kind in kinds.items() if kind == "folder"]
+
+
+def lost_link(path: Path) -> str:
+    """What is said of a link, where a folder is expected."""
+    return f"'{path}': is a link to what is not there; mount or restore what it names, or remove it"
 
 
 def looked_at(look: Callable[[], T], path: str | Path) -> T:
@@ -104,6 +114,12 @@ def patiently(look: Callable[[], T]) -> T:
                 raise
         time.sleep(wait)
     return look()
+
+
+def in_threads(look: Callable[[str], T], paths: Sequence[str]) -> list[T]:
+    """What `look` gives for each of `paths`: on a share most of the time is waiting."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(look, paths))
 
 
 def _entries(here: str) -> list[os.DirEntry[str]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -22,7 +21,7 @@ from fedclip_secure.data.dataset import FeatureSet, Floats, ImageFile
 from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.image import decode_image
 from fedclip_secure.data.walk import patiently
-from fedclip_secure.disk import refused
+from fedclip_secure.disk import OF_ONE_FILE, refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.batch import batch_size as fitting_batch_size
 from fedclip_secure.features.broken import Broken, check_classes_left
@@ -37,10 +36,6 @@ INDEX_NAME = "files.sqlite"
 _SHARD_IMAGES = 512  # images between two writes, and
 _SHARD_SECONDS = 60.0  # time between two writes: what a kill can lose
 _SEATS = 32  # images in a pass of which each has its own row, always: the last passes of a folder are not full
-# What may be the fault of one file alone; all else is the disk's or the machine's, and would cost many records.
-_ITS_OWN = {
-    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG,
-}  # fmt: skip
 _MAX_DECODERS = 16  # threads; the encoder is the slower half on all but the largest machines
 
 
@@ -258,15 +253,16 @@ def _read(number: int, path: Path, work: _Work) -> _Read:
         contents, data = patiently(lambda: read_contents(path))
         if work.has(contents.sha256):
             return _Read(number, contents)
-        decoded = decode_image(data, path, work.encoder.window)
-        image = None if contents.sha256 in work.cache else work.encoder.transform(decoded.image)
+        with ExitStack() as memory:
+            decoded = decode_image(data, path, work.encoder.window, memory)
+            image = None if contents.sha256 in work.cache else work.encoder.transform(decoded.image)
         return _Read(number, contents, image, decoded.facts)
     except DataError as error:
         return _Read(number, contents, fault=Broken(number, path, str(error)))
     except MemoryError as error:
         raise DataError(f"'{path}': there is too little memory to decode it; free some, or scale it down") from error
     except OSError as error:
-        if error.errno not in _ITS_OWN:
+        if error.errno not in OF_ONE_FILE:  # the disk's or the machine's, and would cost many records
             raise DataError(refused(error, path)) from error
         return _Read(number, fault=Broken(number, path, refused(error, path)))
 

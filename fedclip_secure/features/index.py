@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from fedclip_secure.data.facts import ImageFacts
-from fedclip_secure.disk import is_damage, refused
+from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.files import make_folder, open_regular
 
@@ -154,7 +154,8 @@ class FileIndex:
             self._connection.executemany(_ADD_PATIENTS, rows)
 
     def _open(self) -> None:
-        self._path.touch(mode=0o600)  # a hash of an id can be guessed
+        self._path.touch(mode=0o600)
+        self._path.chmod(0o600)  # a hash of an id can be guessed
         self._connection = sqlite3.connect(self._path, timeout=_WAIT)
         for table in _TABLES:
             self._connection.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
@@ -166,7 +167,13 @@ class FileIndex:
     def _told(self) -> Iterator[None]:
         try:
             yield
+        except FAULTS_OF_OURS:
+            raise
         except (sqlite3.Error, OSError) as error:
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                raise DataError(
+                    f"'{self._path}': is damaged ({error}); delete it, and every image is read once more"
+                ) from error
             raise DataError(refused(error, self._path, "be used", "check `workdir` in silo.yaml")) from error
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from fedclip_secure import canonical
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.dicom import patient_of
-from fedclip_secure.data.image import is_dicom_file
+from fedclip_secure.data.image import FileKind, file_kinds
 from fedclip_secure.data.patients import alike, unit_of
 from fedclip_secure.data.report import EXAMPLES, Finding
-from fedclip_secure.data.walk import looked_at
+from fedclip_secure.data.walk import READERS, looked_at
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.index import FileIndex, Patient
 from fedclip_secure.names import Normalisation
 
-_READERS = 16  # threads: on a share most of the time is waiting
 _AT_ONCE = 2048  # files between two writes of the index
+_NO_DICOM = (FileKind.PICTURE, FileKind.OTHER)
 _NOBODY = Patient(b"", b"")
 _OWN = "; give them one in a CSV file at `data.patients` in silo.yaml, or set `patients: none`"
 
@@ -42,14 +42,16 @@ def with_dicom_patients(
     names nor ids of patients are ever told.
 
     Raises:
-        DataError: as said; a file cannot be opened; or the index cannot be used.
+        DataError: as said; the disk fails; or the index cannot be used.
         ConfigError: pydicom is not installed.
     """
     patients = _patients(files, index_file, normalise, verify=verify)
+    unparsed = [str(file.path) for file, patient in zip(files, patients, strict=True) if patient is None]
+    others = {path for path, kind in zip(unparsed, file_kinds(unparsed), strict=True) if kind in _NO_DICOM}
     lost = [
         str(file.path)
         for file, patient in zip(files, patients, strict=True)
-        if (patient is None and not is_dicom_file(file.path)) or (patient is not None and not patient.unit)
+        if (patient is not None and not patient.unit) or str(file.path) in others
     ]
     if lost and asked:
         raise DataError(
@@ -67,7 +69,7 @@ def _patients(
 ) -> list[Patient | None]:
     """None for a file that cannot be parsed."""
     how, paths = ",".join(normalise), [file.path for file in files]
-    with closing(FileIndex(index_file)) as index, ThreadPoolExecutor(_READERS) as pool:
+    with closing(FileIndex(index_file)) as index, ThreadPoolExecutor(READERS) as pool:
         known: list[Patient | None] = [None] * len(paths) if verify else index.patients(paths, how)
         todo = [number for number, patient in enumerate(known) if patient is None]
         for start in range(0, len(todo), _AT_ONCE):

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedclip_secure.disk import telling
 from fedclip_secure.secagg.silo_session import Stage
 from fedclip_secure.silo.journal import DamagedJournalError, Drawn, Journal
 
@@ -70,7 +71,8 @@ def look(workdir: Path, epoch: Path) -> Standing:
         journal = Journal(workdir, epoch, recovering=True)
     except DamagedJournalError:
         damaged = workdir / f"journal.sqlite.damaged-{int(time.time())}"
-        (workdir / "journal.sqlite").replace(damaged)
+        with telling(workdir / "journal.sqlite", "be put aside"):
+            (workdir / "journal.sqlite").replace(damaged)
         journal = Journal(workdir, epoch, recovering=True)
     try:
         models = journal.models()

@@ -315,7 +315,7 @@ class Runner:
             return LeftOutError("the server does not have this attempt's model any more")
         return TransportError(
             f"{self._terms.round_name(ad.round)}: the server has lost the model of the round that it opens ({error}); "
-            "ask the coordinator to restore the state folder, then start this again",
+            "ask the coordinator to restore `state/` as the server last left it, then start this again",
             status=error.status,
             code=error.code,
         )

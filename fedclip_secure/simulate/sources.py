@@ -18,6 +18,7 @@ from fedclip_secure.config.silo import Data, EmbeddingsData, FolderData, SiloCon
 from fedclip_secure.data import synthetic
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.data.sites import absent_classes, classes_in, folders_in, silo_name
+from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.progress import ShowProgress
@@ -94,7 +95,8 @@ def _drawn(data: DemoSites, out: Path) -> Path:
     folder, half = out / f"labs-{data.seed}", out / f"labs-{data.seed}.part"
     if not folder.exists():
         synthetic.write_labs(half, data.seed)
-        half.rename(folder)
+        with telling(folder, "be written"):
+            half.rename(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ from fedclip_secure.data.dataset import FeatureSet, Task, places_of
 from fedclip_secure.data.embeddings import read_embeddings
 from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.image import is_dicom_file
+from fedclip_secure.data.image import FileKind, file_kinds, named_as_picture
 from fedclip_secure.data.listing import LeftOut, Listing, Reason
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.data.page import EACH_CLASS, render_page, thumbnail
@@ -100,7 +100,8 @@ def _listed(data: FolderData | ManifestData, plan: FederationPlan, index: Path, 
     listing, asked = _found(data, tuple(plan.classes)), data.patients.dicom
     if any(file.unit is not None for file in listing.files):
         return _Listed(listing, "csv")
-    dicom = [] if asked is False else [is_dicom_file(file.path) for file in listing.files]
+    kinds = [] if asked is False else file_kinds([str(file.path) for file in listing.files])
+    dicom = [kind is FileKind.DICOM for kind in kinds if kind is not FileKind.CLOSED]
     if asked is None and any(dicom) and not all(dicom):
         return _Listed(listing, None, [_some_dicom(sum(dicom), len(dicom))], undecided=True)
     if not asked and not any(dicom):
@@ -170,7 +171,7 @@ def _seen(
 
 def _disguised(paths: Sequence[Path], facts: Sequence[ImageFacts]) -> Iterator[Finding]:
     """What is DICOM is known by its name before it is read, and by its bytes afterwards."""
-    found = [str(path) for path, seen in zip(paths, facts, strict=True) if seen.dicom and not is_dicom_file(path)]
+    found = [str(path) for path, seen in zip(paths, facts, strict=True) if seen.dicom and named_as_picture(str(path))]
     if found:
         text = (
             f"{len(found)} image(s) are DICOM under the name of another format, and their PatientID is not read: "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography import x509
@@ -69,10 +71,19 @@ def test_a_server_that_outlives_its_certificate_shows_the_new_one_without_a_rest
     site = Site.frozen(tmp_path)
     monkeypatch.setattr(server_module, "_CERTIFICATE_POLL", 0.01)
 
+    address = urlsplit(site.url)
+
+    def shown() -> x509.Certificate:
+        pem = ssl.get_server_certificate((str(address.hostname), int(address.port or 443)))
+        return x509.load_pem_x509_certificate(pem.encode())
+
     async def connect() -> None:
         async with site.serving():
+            first = await asyncio.to_thread(shown)
             dated(site.home.folder, -3 * DAY, timedelta(0))  # as if months had passed
             await until(lambda: any("made anew" in line for line in site.said))
+            second = await asyncio.to_thread(shown)
+            assert second == read_certificate(site.home.server_certificate) != first
             async with site.client("lab-a") as client:
                 await Link(client, tmp_path).offer(site.url)
 

@@ -23,7 +23,7 @@ from fedclip_secure import canonical
 from fedclip_secure.aggregator.attempt import LiveAttempt
 from fedclip_secure.aggregator.complaints import excluded
 from fedclip_secure.aggregator.rounds import Rounds
-from fedclip_secure.aggregator.store import Member, RoundRow, Store
+from fedclip_secure.aggregator.store import Event, Member, RoundRow, Store
 from fedclip_secure.config.plan import Deadlines
 from fedclip_secure.errors import DataError, ProtocolError
 from fedclip_secure.files import write_atomically
@@ -61,6 +61,21 @@ def test_the_state_of_another_version_is_refused_and_left_as_it_is(tmp_path: Pat
         with pytest.raises(DataError, match=r"written by another version of fedclip-agg; .* or start in a new folder"):
             Store(tmp_path)
         assert list(sql.iterdump()) == before
+
+
+def test_who_reads_beside_a_server_that_starts_meanwhile_sees_a_sound_state_and_leaves_nothing(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    before = sorted(tmp_path.rglob("*"))
+    with closing(Store(tmp_path, reading=True)) as reader:
+        assert sorted(tmp_path.rglob("*")) == before
+        with closing(Store(tmp_path)) as server:
+            for number in range(200):
+                server.add_event(Event(0.0, "dropped", 1, 1, "lab-a", "join", f"{number} {'x' * 1000}"))
+            server._rows("PRAGMA wal_checkpoint(TRUNCATE)")
+            assert reader.events() == []
+            assert [row.number for row in [reader.last_attempt()] if row] == [1]
+            with closing(Store(tmp_path, reading=True)) as later:
+                assert len(later.events()) == len(server.events()) > 10
 
 
 def test_the_secrets_of_an_attempt_that_is_over_stand_in_no_file_not_even_in_the_log(tmp_path: Path) -> None:

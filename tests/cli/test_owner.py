@@ -16,6 +16,7 @@ import pytest
 from fedclip_cli import owner, silo
 
 from fedclip_secure.config.silo import write_silo
+from fedclip_secure.errors import ConfigError
 from tests.cli.test_agg_mistakes import refused, run
 from tests.federation.processes import ENVIRONMENT, free_port
 from tests.users import NOBODY, give_away
@@ -147,13 +148,30 @@ def test_of_a_user_whom_only_the_container_lacks_the_number_is_told(
         raise KeyError
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(sys, "argv", ["/opt/fedclip/bin/fedclip-agg", "init"])
     said = (
         rf"as that user: in a container `docker run --user {number}:{group}`, else `setpriv --reuid {number} "
-        rf"--regid {group} --clear-groups \S+ init`"
+        rf"--regid {group} --clear-groups /opt/fedclip/bin/fedclip-agg init`"
     )
     output = refused("belongs to user", "init", str(folder), "--name", "lung", "--hosts", "localhost")
     assert re.search(said, " ".join(output.split())), output
     assert "sudo" not in output
+
+
+@pytest.mark.parametrize("token", [["--token", "fcs1.secret"], ["--token=fcs1.secret"]])
+def test_command_as_that_user_is_whole_but_for_a_token(
+    folder: Path, as_root: None, monkeypatch: pytest.MonkeyPatch, token: list[str]
+) -> None:
+    """sudo has a PATH of its own, and a token on a screen is one that others can use."""
+    words = ["enroll", "https://agg.example.org", "--images", "my scans", *token]
+    monkeypatch.setattr(sys, "argv", ["bin/fedclip-silo", *words])
+    with pytest.raises(ConfigError) as caught:
+        owner.check_owner(folder)
+    program = str(Path.cwd() / "bin/fedclip-silo")
+    told = str(caught.value)
+    assert re.search(
+        rf"sudo -u \S+ {program} enroll https://agg\.example\.org --images 'my scans' --token[ =]TOKEN$", told
+    ), told
 
 
 def test_root_is_let_in_where_the_disk_gives_its_files_to_the_folders_owner(
@@ -174,7 +192,7 @@ def test_root_is_let_in_where_the_disk_gives_its_files_to_the_folders_owner(
 @pytest.mark.parametrize("command", ["accept", "extract", "train", "recover", "evaluate", "report", "budget", "audit"])
 def test_root_is_refused_in_the_folder_of_another_users_silo(folder: Path, as_root: None, command: str) -> None:
     write_silo(folder / "silo.yaml", "lab-a", "images", None)
-    said = r"belongs to user '.+', .*run it as that user: sudo -u \S+ .*" + command
+    said = r"belongs to user '.+', .*run it as that user: sudo -u \S+ "
     refused(said, command, "--config", str(folder / "silo.yaml"), program=silo.main)
     assert [path.name for path in folder.iterdir()] == ["silo.yaml"]
 

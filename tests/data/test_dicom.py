@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pydicom.uid import (
 
 from fedclip_secure.data import dicom as dicom_reader
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.image import decode_image, is_dicom_file, is_image, load_image
+from fedclip_secure.data.image import FileKind, decode_image, file_kinds, load_image
 from fedclip_secure.errors import ConfigError, DataError
 
 Pixels = npt.NDArray[Any]
@@ -166,7 +167,8 @@ def test_middle_frame_of_several_counts(tmp_path: Path) -> None:
         frames = np.stack([np.full((2, 2), value, np.uint8) for value in values])
         path = dicom(tmp_path / "a.dcm", frames[0], NumberOfFrames=len(values), PixelData=frames.tobytes())
         assert grey(path, None) == [middle, middle]
-        assert decode_image(path.read_bytes(), path, None).facts.frames == len(values)
+        with ExitStack() as memory:
+            assert decode_image(path.read_bytes(), path, None, memory).facts.frames == len(values)
 
 
 def test_grey_of_8_bits_is_as_bright_as_a_picture_whatever_the_window(tmp_path: Path) -> None:
@@ -225,8 +227,7 @@ def test_file_without_a_preamble_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["IM000001", "1.2.840.113619.2.55", "scan.IMA", "scan.dicom", "x.DCM"])
 def test_file_is_dicom_by_what_it_begins_with(tmp_path: Path, name: str) -> None:
     path = dicom(tmp_path / name, np.array([[0, 255]], np.uint8))
-    assert is_image(str(path))
-    assert is_dicom_file(path)
+    assert file_kinds([str(path)]) == [FileKind.DICOM]
     assert grey(path, None) == [0, 255]
 
 

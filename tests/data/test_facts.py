@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from fedclip_secure.data.facts import ImageFacts, facts_of
 from fedclip_secure.data.image import decode_image
-from fedclip_secure.data.room import Room, memory
+from fedclip_secure.data.room import DECODING, Room, memory
 from tests.data.test_dicom import dicom
 from tests.waiting import BOUND, wait_for
 
@@ -27,7 +28,8 @@ def png(pixels: np.ndarray[tuple[int, int], np.dtype[np.generic]]) -> bytes:
 
 
 def facts(data: bytes, window: tuple[int, int] | None = (0, 4095), name: str = "a.png") -> ImageFacts:
-    return decode_image(data, Path(name), window).facts
+    with ExitStack() as held:
+        return decode_image(data, Path(name), window, held).facts
 
 
 def test_window_that_does_not_fit_is_seen_in_what_came_out() -> None:
@@ -91,7 +93,8 @@ def test_pages_of_a_file_are_counted_and_the_first_is_read() -> None:
     kept = io.BytesIO()
     pages = [Image.new("RGB", (40, 40), (value, 0, 0)) for value in (200, 0, 0)]
     pages[0].save(kept, "TIFF", save_all=True, append_images=pages[1:])
-    decoded = decode_image(kept.getvalue(), Path("a.tif"), None)
+    with ExitStack() as held:
+        decoded = decode_image(kept.getvalue(), Path("a.tif"), None, held)
     assert decoded.facts.frames == 3
     assert decoded.image.getpixel((0, 0)) == (200, 0, 0)
 
@@ -117,6 +120,27 @@ def test_images_wait_for_room_and_one_that_is_larger_than_all_of_it_goes_alone()
         thread.join(BOUND)
     assert max(seen) <= 10
     assert len(seen) == 4
+
+
+def test_memory_of_an_image_is_held_as_long_as_it_is_used() -> None:
+    taken = list[int]()
+    with ExitStack() as held:
+        decode_image(png(FULL_RANGE), Path("a.png"), (0, 65535), held)
+        taken.append(DECODING._taken)
+    assert taken == [24 * 64 * 64]
+    assert DECODING._taken == 0
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_black_is_black_and_white_is_white_in_both_kinds_of_grey(tmp_path: Path, kind: str) -> None:
+    """Air around a patient is stored as the highest values where these are black."""
+    pixels = np.full((64, 64), 0 if kind == "MONOCHROME2" else 4095, dtype=np.uint16)
+    pixels[:12, :12] = RANDOM.integers(1500, 2500, (12, 12))
+    air = dicom(tmp_path / "air.dcm", pixels, PhotometricInterpretation=kind)
+    burnt = dicom(tmp_path / "burnt.dcm", 4095 - pixels, PhotometricInterpretation=kind)
+    seen = facts(air.read_bytes(), name="air.dcm")
+    assert (seen.clipped, seen.below > 0.9, seen.above) == (False, True, 0)
+    assert facts(burnt.read_bytes(), name="burnt.dcm").clipped
 
 
 def test_memory_of_the_machine_is_known() -> None:

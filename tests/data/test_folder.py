@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import load_image
 from fedclip_secure.data.listing import LeftOut, Reason, kinds_of
 from fedclip_secure.errors import ConfigError, DataError
+from tests.waiting import BOUND
 
 CLASSES = ("cat", "dog")
 
@@ -184,6 +187,16 @@ def test_picture_of_several_views_is_an_image_by_its_own_name_too(root: Path) ->
     save(root / "cat/two.mpo", views[0], save_all=True, append_images=views[1:])
     assert [file.path.name for file in read_folder(root, CLASSES).files].count("two.mpo") == 1
     assert load_image(root / "cat/two.mpo", None).getpixel((0, 0))[0] > 200  # type: ignore[index]
+
+
+def test_pictures_are_known_by_their_names_before_any_was_opened(root: Path) -> None:
+    """Pillow learns of its formats when it first needs one."""
+    code = (
+        "from pathlib import Path; from fedclip_secure.data.folder import read_folder; "
+        f"print(len(read_folder(Path({str(root)!r}), {CLASSES!r}).files))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=BOUND, check=False)
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 def test_missing_image_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.data.sites import absent_classes, classes_in, folders_in, silo_name
-from fedclip_secure.errors import ConfigError
+from fedclip_secure.errors import ConfigError, DataError
 
 
 def test_classes_are_those_of_any_site_and_hidden_files_are_no_images(tmp_path: Path) -> None:
@@ -20,6 +20,16 @@ def test_classes_are_those_of_any_site_and_hidden_files_are_no_images(tmp_path: 
     assert [absent_classes(site, ["big_cat", "dog"]) for site in sites] == [["big_cat", "dog"], ["big_cat"]]
     with pytest.raises(ConfigError, match="is not a folder"):
         folders_in(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("gone", ["c", "a/cow"], ids=["a site", "a class"])
+def test_a_site_or_class_on_a_share_that_is_not_mounted_is_named_and_never_counts_as_absent(
+    tmp_path: Path, gone: str
+) -> None:
+    (tmp_path / "a/dog").mkdir(parents=True)
+    (tmp_path / gone).symlink_to("/nowhere/share")
+    with pytest.raises(DataError, match=f"'{tmp_path / gone}': is a link to what is not there; mount or restore what"):
+        absent_classes(folders_in(tmp_path)[0], ["cow", "dog"])
 
 
 def test_a_silos_name_is_one_that_certificates_take() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_relative_path_is_the_same_file(tmp_path: Path, image: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert index.known([Path("a.png")]) != [None]
     index.close()
+
+
+def test_index_is_for_its_owner_alone_also_one_that_an_older_version_made(tmp_path: Path, image: Path) -> None:
+    """It holds hashes of patients' ids, which can be guessed."""
+    path = tmp_path / "store/files.sqlite"
+    indexed(tmp_path, image).close()
+    path.chmod(0o644)
+    FileIndex(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_other_size_or_time_makes_a_file_unknown(tmp_path: Path, image: Path) -> None:

@@ -71,8 +71,8 @@ def test_a_server_that_lost_the_model_that_all_wait_for_is_told_and_not_waited_f
     party.link = Losing(hub, party.name)
     said = (
         r"^round 1 of 2: the server has lost the model of the round that it opens "
-        r"\(agg:8443: there is no such file here\); ask the coordinator to restore the state folder, "
-        "then start this again$"
+        r"\(agg:8443: there is no such file here\); ask the coordinator to restore `state/` as the server last left "
+        "it, then start this again$"
     )
     with pytest.raises(TransportError, match=said):
         run_all([party])

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -134,6 +135,37 @@ def test_all_that_is_left_out_is_in_the_report_and_in_the_list(house: House) -> 
         "restore or download what they name",
         "1 file(s) cannot be used and were left out; replace them, or move them away",
     ]
+
+
+@pytest.mark.parametrize("name", ["closed.png", "IM000001"])
+def test_file_that_is_closed_is_left_out_by_name_and_not_the_end_of_all(
+    house: House, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pictures(house)
+    path, opened = house.picture("cat/x.png").rename(house.images / "cat" / name), os.open
+
+    def closed(where: Any, *arguments: Any, **options: Any) -> int:
+        if Path(where) == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(where, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", closed)
+    report = house.report()
+    assert (report.used, kinds(report)) == (24, {"left out: cannot be used": 1})
+    assert report.findings[0].examples[0].startswith(f"'{path}': cannot be read (Permission denied); let the user")
+
+
+@pytest.mark.parametrize("names", [("0", "1"), ("grade.1", "grade.2"), ("classes", "sum")])
+def test_classes_may_have_any_name_on_the_page(
+    tmp_path: Path, random_tower: Path, tower_plan: FederationPlan, names: tuple[str, str]
+) -> None:
+    plan = tower_plan.model_copy(update={"classes": dict.fromkeys(names, "a thing")})
+    house = House(tmp_path, random_tower / "tower.safetensors", Contract(plan, prepare(plan, random_tower).lock))
+    for number in range(12):
+        house.picture(f"{names[number % 2]}/{number}.png")
+    assert house.report().used == 12
+    page = (house.work / PAGE).read_text("utf-8")
+    assert all(re.search(rf"<td>{re.escape(name)}</td>.*<td class=\"n\">6</td></tr>", page) for name in names)
 
 
 def test_ten_of_many_are_named_and_all_are_listed(house: House) -> None:
