@@ -160,7 +160,7 @@ def audit(path: Path, as_json: bool) -> None:
     contract, workdir = accepted.contract, Path(config.workdir)
     noise = contract.lock.noise_multiplier
     if noise is None:
-        raise ConfigError(f"{path}: the accepted plan has no differential privacy; there is no mechanism to test")
+        raise ConfigError(f"'{path}': the accepted plan has no differential privacy; there is no mechanism to test")
     received = newest_model(workdir, contract, Terms.of(contract, accepted.roster))
     result = run_audit(contract.plan, noise, setting_of(contract, config, received))
     kept = save_audit(workdir, accepted, result.for_report())

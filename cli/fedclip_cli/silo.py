@@ -99,7 +99,7 @@ def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -
     check_owner(path.absolute().parent)
     config = first_silo(path, name, images, weights) if new else settings(path)
     if config.name != name:
-        raise ConfigError(f"{path}: name is {config.name!r}, the token is for {name!r}; use the right one of the two")
+        raise ConfigError(f"'{path}': name is {config.name!r}, the token is for {name!r}; use the right one of the two")
     check_given(path, config, None if default else images, weights)
     elsewhere = "run this in a folder on a local disk" if new else "name a folder on a local disk in silo.yaml"
     check_disk(Path(config.identity), f"{elsewhere} (`identity`)", private=True)

@@ -30,7 +30,7 @@ def export_last(home: Home, folder: Path) -> tuple[Facts, list[Path]]:
         frozen, rows = store.frozen(), store.rounds()
         if frozen is None or not rows:
             raise ConfigError(
-                f"{home.folder}: no round is finished yet, so there is no adapter; see `fedclip-agg status`"
+                f"'{home.folder}': no round is finished yet, so there is no adapter; see `fedclip-agg status`"
             )
         contract, roster = Contract.decode(frozen[0], "the store"), Roster.decode(frozen[1])
         facts = _facts(rows, contract)
@@ -59,5 +59,5 @@ def _state(store: Store, digest: bytes, terms: Terms) -> AdapterState:
     except OSError as error:
         raise DataError(refused(error, path, otherwise=RESTORE)) from error
     if state.digest != digest:
-        raise DataError(f"{path}: is not the model of its name; {RESTORE}")
+        raise DataError(f"'{path}': is not the model of its name; {RESTORE}")
     return state

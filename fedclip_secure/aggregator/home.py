@@ -92,7 +92,7 @@ class Home:
             ConfigError: missing or faulty.
         """
         if not self.plan_path.exists():
-            raise ConfigError(f"{self.plan_path}: is missing; run `fedclip-agg init` or say where with --dir")
+            raise ConfigError(f"'{self.plan_path}': is missing; run `fedclip-agg init` or say where with --dir")
         return read_model(self.plan_path, FederationPlan)
 
     def contract(self) -> Contract:
@@ -100,7 +100,7 @@ class Home:
         plan, lock = self.plan(), read_lock(self.lock_path)
         contract = Contract(plan, lock)
         if lock.plan != plan.digest.hex():
-            raise ConfigError(f"{self.plan_path}: has changed since `prepare`; run `fedclip-agg prepare` again")
+            raise ConfigError(f"'{self.plan_path}': has changed since `prepare`; run `fedclip-agg prepare` again")
         return contract
 
     def check_not_frozen(self) -> None:
@@ -113,7 +113,7 @@ class Home:
         try:
             if store.frozen() is not None:
                 raise TrustError(
-                    f"{self.folder}: the roster is frozen over this plan; another plan needs a new federation"
+                    f"'{self.folder}': the roster is frozen over this plan; another plan needs a new federation"
                 )
         finally:
             store.close()
@@ -135,7 +135,7 @@ def init_home(folder: Path, federation: str, hosts: Sequence[str], port: int, me
     """
     home, recipe = Home(folder), recipe_of(method)
     if home.plan_path.exists():
-        raise ConfigError(f"{home.plan_path}: is there already; choose an empty folder")
+        raise ConfigError(f"'{home.plan_path}': is there already; choose an empty folder")
     check_disk(folder, "choose another folder, on a local disk", private=True)
     server_names(hosts)  # a typo must show before there is a folder that a second try would find
     authority = create_authority(home.authority_folder, federation)
@@ -227,7 +227,7 @@ def freeze(home: Home) -> tuple[Contract, Roster, Terms]:
         roster = Roster.of({**keys, AGGREGATOR: SigningKey.load(home.signing_key).public_bytes})
         terms = Terms.of(contract, roster)
         if faults := unlisted(contract.plan, roster.silos):
-            raise ConfigError(f"{home.plan_path}: {faults[0]}; edit it, and run `fedclip-agg prepare` again")
+            raise ConfigError(f"'{home.plan_path}': {faults[0]}; edit it, and run `fedclip-agg prepare` again")
         for data in _locked_files(home, contract):
             store.blobs.save_file(data)
         store.freeze(contract.encode(), roster.encode())
@@ -258,7 +258,7 @@ def _locked_files(home: Home, contract: Contract) -> list[bytes]:
         except OSError as error:
             raise DataError(refused(error, path, otherwise="run `fedclip-agg prepare`")) from error
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise DataError(f"{path}: has changed since `prepare`; run `fedclip-agg prepare` again")
+            raise DataError(f"'{path}': has changed since `prepare`; run `fedclip-agg prepare` again")
         files.append(data)
     return files
 

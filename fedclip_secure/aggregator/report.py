@@ -33,7 +33,7 @@ def make_federation_report(home: Home, files: Sequence[Path]) -> bytes:
     try:
         frozen = store.frozen()
         if frozen is None:
-            raise ConfigError(f"{home.folder}: the roster is not frozen, so there was no run; run `fedclip-agg freeze`")
+            raise ConfigError(f"'{home.folder}': the roster is not frozen: there was no run; run `fedclip-agg freeze`")
         contract, roster = Contract.decode(frozen[0], "the store"), Roster.decode(frozen[1])
         receipts = [receipt for silo in roster.silos if (receipt := store.receipt(silo)) is not None]
         models = {row.round: row.model for row in store.rounds()}
@@ -65,7 +65,7 @@ def _read(path: Path) -> SiloReport:
     except OSError as error:
         raise DataError(refused(error, path)) from error
     except TrustError as error:
-        raise TrustError(f"{path}: {error}") from error
+        raise TrustError(f"'{path}': {error}") from error
     if not isinstance(report, SiloReport):
-        raise TrustError(f"{path}: is a federation's report; give those of the silos")
+        raise TrustError(f"'{path}': is a federation's report; give those of the silos")
     return report

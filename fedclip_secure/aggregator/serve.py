@@ -92,7 +92,7 @@ async def _run(home: Home, server: Server, say: Callable[[str], None]) -> None:
     terms = Terms.of(contract, roster)
     key = SigningKey.load(home.signing_key)
     if dict(roster.members)["aggregator"] != key.public_bytes:
-        raise TrustError(f"{home.signing_key}: is not the key that the roster pins; restore it")
+        raise TrustError(f"'{home.signing_key}': is not the key that the roster pins; restore it")
     blobs, initial_file = server.store.blobs, bytes.fromhex(contract.lock.initial_file)
     if not blobs.file_path(initial_file).is_file():
         raise TrustError("the initial adapter is missing from the store; restore the state folder")

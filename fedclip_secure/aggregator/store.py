@@ -169,7 +169,7 @@ class Store:
         (tables,) = self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and version != _VERSION:
             raise DataError(
-                f"{self._folder}: was written by another version of fedclip-agg; finish that run with that version, "
+                f"'{self._folder}': was written by another version of fedclip-agg; finish that run with that version, "
                 "or start in a new folder"
             )
         return not tables

@@ -34,10 +34,8 @@ _PATTERNS = {
 }
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
-LEAST_NOISE, MOST_NOISE = (
-    1e-3,
-    1e6,
-)  # beyond them accountants' squares over- and underflow, and no noise may cost nothing
+# Beyond them accountants' squares over- and underflow, and no noise may cost nothing.
+LEAST_NOISE, MOST_NOISE = 1e-3, 1e6
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

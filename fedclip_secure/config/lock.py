@@ -96,9 +96,8 @@ class FederationLock(Strict):
     initial_model: Sha256  # digest of the adapter that round 1 starts from
     initial_file: Sha256  # of initial.safetensors
     method_state: dict[str, Any] = Field(default_factory=dict)
-    noise_multiplier: Annotated[Number, Field(ge=LEAST_NOISE, le=MOST_NOISE)] | None = (
-        None  # with `privacy`: sigma, for all rounds
-    )
+    # With `privacy`: sigma, for all rounds.
+    noise_multiplier: Annotated[Number, Field(ge=LEAST_NOISE, le=MOST_NOISE)] | None = None
     releases: int = Field(default=1, ge=1)  # noisy sums of one step: one for each phase of the method
 
 

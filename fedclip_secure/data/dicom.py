@@ -129,7 +129,7 @@ def _parse(file: BinaryIO, path: Path, tags: Sequence[str]) -> Dataset:
         from pydicom.errors import InvalidDicomError  # noqa: PLC0415
         from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{path}: is DICOM: {lacking(error) or error}") from error
+        raise ConfigError(f"'{path}': is DICOM: {lacking(error) or error}") from error
     begins = file.read(2)
     file.seek(0)
     try:
@@ -137,11 +137,11 @@ def _parse(file: BinaryIO, path: Path, tags: Sequence[str]) -> Dataset:
         force = begins in (b"\x02\x00", b"\x08\x00")
         parsed = dcmread(file, stop_before_pixels="PixelData" not in tags, force=force, specific_tags=list(tags))
     except InvalidDicomError as error:
-        raise DataError(f"{path}: is no DICOM file; replace it or move it away") from error
+        raise DataError(f"'{path}': is no DICOM file; replace it or move it away") from error
     if "TransferSyntaxUID" not in parsed.file_meta:  # what a file without it has (PS3.5, 10.1)
         implicit, little = parsed.original_encoding
         if not little:
-            raise DataError(f"{path}: does not name its transfer syntax; export it again")
+            raise DataError(f"'{path}': does not name its transfer syntax; export it again")
         parsed.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     return parsed
 
@@ -149,15 +149,15 @@ def _parse(file: BinaryIO, path: Path, tags: Sequence[str]) -> Dataset:
 def _check(file: Dataset, path: Path) -> int:
     """Refuse by name what `read_dicom` does not cover, before anything large is decoded; the number of frames."""
     if "PixelData" not in file:
-        raise DataError(f"{path}: has no pixel data; move it away")
+        raise DataError(f"'{path}': has no pixel data; move it away")
     kind, bits = str(file.PhotometricInterpretation), int(file.BitsAllocated)
     if kind not in _GREY + _COLOUR:
-        raise DataError(f"{path}: photometric interpretation {kind} is not supported; export it as grey or RGB")
+        raise DataError(f"'{path}': photometric interpretation {kind} is not supported; export it as grey or RGB")
     if kind in _COLOUR and bits != 8:
-        raise DataError(f"{path}: is colour of {bits} bits a sample, and only 8 are read; export it with 8")
+        raise DataError(f"'{path}': is colour of {bits} bits a sample, and only 8 are read; export it with 8")
     pixels = int(file.Rows) * int(file.Columns)
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-        raise DataError(f"{path}: has {pixels} pixels, more than {Image.MAX_IMAGE_PIXELS}; scale it down")
+        raise DataError(f"'{path}': has {pixels} pixels, more than {Image.MAX_IMAGE_PIXELS}; scale it down")
     return max(1, int(file.get("NumberOfFrames") or 1))
 
 
@@ -171,7 +171,7 @@ def _pixels(file: Dataset, path: Path, frame: int) -> npt.NDArray[np.generic]:
         return pixel_array(file, index=frame)
     except Exception as error:  # each of pydicom's decoders raises its own kinds
         raise DataError(
-            f"{path}: its pixels cannot be decoded (transfer syntax {syntax.name}: "
+            f"'{path}': its pixels cannot be decoded (transfer syntax {syntax.name}: "
             f"{' '.join(str(error).split()) or repr(error)}); export it uncompressed"
         ) from error
 
@@ -184,12 +184,12 @@ def _check_decoder(syntax: UID, path: Path) -> None:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
         raise DataError(
-            f"{path}: is compressed as {syntax.name} ({syntax}), which is not read; export it uncompressed"
+            f"'{path}': is compressed as {syntax.name} ({syntax}), which is not read; export it uncompressed"
         ) from error
     if not decoder.is_available:
         needed = ", or ".join(decoder.missing_dependencies)
         raise ConfigError(
-            f"{path}: is compressed as {syntax.name}, and no decoder for that is installed ({needed}); "
+            f"'{path}': is compressed as {syntax.name}, and no decoder for that is installed ({needed}); "
             f"run `{install_command('dicom')}`, or export it uncompressed"
         )
 

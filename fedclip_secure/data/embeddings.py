@@ -35,14 +35,14 @@ class _File:
     def array(self, name: str, kinds: str, shape: tuple[int | None, ...]) -> Array:
         """The array `name`, whose dtype kind is one of `kinds` and whose sides match `shape` (None: any)."""
         if name not in self.arrays:
-            raise DataError(f"{self.path}: has no array `{name}`; it holds {', '.join(sorted(self.arrays)) or 'none'}")
+            raise DataError(f"'{self.path}': has no array `{name}`, but {', '.join(sorted(self.arrays)) or 'none'}")
         array = self.arrays[name]
         fits = len(shape) == array.ndim and all(w in (None, s) for w, s in zip(shape, array.shape, strict=True))
         if array.dtype.kind not in kinds or not fits:
             sides = ", ".join("any" if side is None else str(side) for side in shape)
             kind = {"f": "floats", "iu": "integers", "u": "uint8"}[kinds]
             raise DataError(
-                f"{self.path}: array `{name}` is {array.shape} {array.dtype}, must be ({sides}) {kind}; export it again"
+                f"'{self.path}': array `{name}` is {array.shape} {array.dtype}, must be ({sides}) {kind}; export again"
             )
         return array
 
@@ -61,7 +61,7 @@ def read_embeddings(path: Path, classes: Sequence[str], dim: int) -> FeatureSet:
     _check_classes(file, classes)
     raw = file.array("features", "f", (None, dim))
     if not len(raw):
-        raise DataError(f"{path}: array `features` has no rows; export it again")
+        raise DataError(f"'{path}': array `features` has no rows; export it again")
     with np.errstate(over="ignore"):  # what overflows float32 is infinity, and refused as such with its row
         features = raw.astype(np.float32)
     labels = _labels(file, len(raw), classes)
@@ -81,18 +81,18 @@ def read_text_features(path: Path, classes: Sequence[str], dim: int) -> tuple[Fl
     _check_classes(file, classes)
     missing = [name for name in classes if name not in file.classes]
     if missing:
-        raise DataError(f"{path}: has no text feature for {', '.join(missing)}; export it with all the plan's classes")
+        raise DataError(f"'{path}': has no text feature for {', '.join(missing)}; export it with all classes")
     raw = file.array("text_features", "f", (len(classes), dim)).astype(np.float64)
     ordered = raw[[file.classes.index(name) for name in classes]]
     norms = np.linalg.norm(ordered, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and (norms > 0).all()):
         bad = int(np.argmin(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
         raise DataError(
-            f"{path}: array `text_features`, class {classes[bad]!r}: is zero, NaN or infinite; export again"
+            f"'{path}': array `text_features`, class {classes[bad]!r}: is zero, NaN or infinite; export again"
         )
     scale = float(file.array("logit_scale", "f", ()))
     if not (np.isfinite(scale) and scale > 0):
-        raise DataError(f"{path}: array `logit_scale` is {scale}, must be positive (CLIP's temperature after exp)")
+        raise DataError(f"'{path}': array `logit_scale` is {scale}, must be positive (CLIP's temperature after exp)")
     return (ordered / norms).astype(np.float32), scale
 
 
@@ -100,14 +100,14 @@ def _read(path: Path) -> _File:
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: must be a .safetensors or .npz file")
+        raise DataError(f"'{path}': must be a .safetensors or .npz file")
     try:
         path.open("rb").close()  # safe_open's own errors carry no errno
         return reader(path)
     except OSError as error:
         raise DataError(refused(error, path, otherwise="check `data.path`")) from error
     except (SafetensorError, zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, AttributeError) as error:
-        raise DataError(f"{path}: is damaged or holds what is no plain array ({error}); export it again") from error
+        raise DataError(f"'{path}': is damaged or holds what is no plain array ({error}); export it again") from error
 
 
 def _read_safetensors(path: Path) -> _File:
@@ -128,7 +128,7 @@ def _names(path: Path, listed: object) -> list[str]:
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     if not isinstance(listed, list) or not names or len(names) != len(listed) or len(set(names)) != len(names):
         raise DataError(
-            f"{path}: does not name its classes, each once: add {_HOW_TO_NAME}, in the order of its numbers"
+            f"'{path}': does not name its classes, each once: add {_HOW_TO_NAME}, in the order of its numbers"
         )
     return names
 
@@ -137,7 +137,7 @@ def _check_classes(file: _File, classes: Sequence[str]) -> None:
     unknown = [name for name in file.classes if name not in classes]
     if unknown:
         raise DataError(
-            f"{file.path}: class(es) unknown to the plan: {', '.join(unknown)}; "
+            f"'{file.path}': class(es) unknown to the plan: {', '.join(unknown)}; "
             f"the plan's classes are {', '.join(classes)}; rename them in the file or leave their records out"
         )
 
@@ -148,7 +148,7 @@ def _labels(file: _File, rows: int, classes: Sequence[str]) -> npt.NDArray[np.in
     if len(outside):
         row = outside[0]
         raise DataError(
-            f"{file.path}: array `labels`, row {row}: {own[row]} is not in 0..{len(file.classes) - 1}, "
+            f"'{file.path}': array `labels`, row {row}: {own[row]} is not in 0..{len(file.classes) - 1}, "
             f"for the file names {len(file.classes)} classes"
         )
     order = np.array([classes.index(name) for name in file.classes], dtype=np.int64)
@@ -161,5 +161,5 @@ def _ids(file: _File, features: Floats) -> npt.NDArray[np.uint8]:
         return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
     ids = file.array("ids", "u", (len(features), 32))
     if ids.dtype != np.uint8:
-        raise DataError(f"{file.path}: array `ids` is {ids.dtype}, must be uint8: 32 bytes a record")
+        raise DataError(f"'{file.path}': array `ids` is {ids.dtype}, must be uint8: 32 bytes a record")
     return ids.astype(np.uint8)

@@ -49,7 +49,7 @@ def _class_folders(root: Path, classes: Sequence[str], listing: Listing) -> dict
     strays = [entry.name for entry in mine if not looked_at(entry.is_dir, entry)]
     if strays:
         raise DataError(
-            f"{root}: {len(strays)} file(s) lie beside the class folders ({some(strays)}); "
+            f"'{root}': {len(strays)} file(s) lie beside the class folders ({some(strays)}); "
             "move each into the folder of its class, or out of here"
         )
     found = dict[str, Path]()
@@ -57,7 +57,7 @@ def _class_folders(root: Path, classes: Sequence[str], listing: Listing) -> dict
         name = composed(entry.name)
         if name in found:
             raise DataError(
-                f"{root}: there are two folders {name!r}, whose letters are encoded in two ways; put all files into one"
+                f"'{root}': there are two folders {name!r}, whose letters are encoded in two ways; put all into one"
             )
         found[name] = entry
     return found
@@ -68,13 +68,13 @@ def _check_names(root: Path, folders: set[str], classes: Sequence[str], absent: 
     unknown = sorted(folders - set(known))
     if unknown:
         raise DataError(
-            f"{root}: folder(s) that are no class of the plan: {some(unknown)}{near(unknown, known)}; "
+            f"'{root}': folder(s) that are no class of the plan: {some(unknown)}{near(unknown, known)}; "
             f"the plan's classes are {', '.join(map(repr, classes))}; rename the folder or move it away"
         )
     check_absent(absent, classes)
     missing = [name for name in classes if composed(name) not in folders and name not in absent]
     if missing:
-        raise DataError(f"{root}: no folder for class(es) {some(missing)}; create it, or {NAME_ABSENT}")
+        raise DataError(f"'{root}': no folder for class(es) {some(missing)}; create it, or {NAME_ABSENT}")
 
 
 def images_in(folder: Path) -> tuple[list[str], list[LeftOut]]:
@@ -102,6 +102,6 @@ def _take_class(folder: Path, label: int, listing: Listing, *, may_be_empty: boo
     others = [one.path for one in left_out if one.reason is Reason.NO_IMAGE]
     if not images and (others or not may_be_empty):
         held = f"holds no image, but {kinds_of(others)}" if others else "is empty"
-        raise DataError(f"{folder}: {held}; put images there, or remove the folder and {NAME_ABSENT}")
+        raise DataError(f"'{folder}': {held}; put images there, or remove the folder and {NAME_ABSENT}")
     listing.files += [ImageFile(Path(path), label) for path in images]
     listing.left_out += left_out

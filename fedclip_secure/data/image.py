@@ -136,13 +136,13 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None, memory
     except (ConfigError, DataError, ImportError, MemoryError):  # the last two are no file's fault
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path}: has more pixels than Pillow reads safely ({error}); scale it down") from error
+        raise DataError(f"'{path}': has more pixels than Pillow reads safely ({error}); scale it down") from error
     except Exception as error:  # Pillow's and pydicom's decoders raise whatever a broken file makes them raise
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
         fetch = next((get for begin, get in _POINTERS.items() if data.startswith(begin)), None)
         if fetch is not None:
-            raise DataError(f"{path}: stands for an image that was not downloaded; get it with `{fetch}`") from error
-        raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or move it away") from error
+            raise DataError(f"'{path}': stands for an image that was not downloaded; get it with `{fetch}`") from error
+        raise DataError(f"'{path}': cannot be read as an image ({reason}); replace it or move it away") from error
 
 
 def _of_dicom(frame: Frame) -> Decoded:

@@ -65,7 +65,7 @@ def read_manifest(
     found = {row.label for row in rows}
     missing = [name for name in classes if composed(name) not in found and name not in absent_classes]
     if missing:
-        raise DataError(f"{path}: no image of class(es) {some(missing)}; add some, or {NAME_ABSENT}")
+        raise DataError(f"'{path}': no image of class(es) {some(missing)}; add some, or {NAME_ABSENT}")
     warn_of_likes(path, (row.patient for row in rows), normalise)
     return [ImageFile(Path(stored_as(row.path)), numbers[row.label], unit_of(row.patient, normalise)) for row in rows]
 
@@ -92,7 +92,7 @@ def with_patients(
     lost = [place for place in places if place not in patients]
     if lost:
         raise DataError(
-            f"{path}: names no patient for {len(lost)} image(s), first {lost[0]}; "
+            f"'{path}': names no patient for {len(lost)} image(s), first {lost[0]}; "
             "add a row for each, for a patient's images must not be torn apart"
         )
     warn_of_likes(path, patients.values(), normalise)
@@ -147,7 +147,7 @@ def _rows(path: Path, root: Path, header: _Header) -> tuple[list[_Row], list[tup
         if fault is not None:
             faults.append((line, fault))
     if not rows and not faults:
-        raise DataError(f"{path}: has no rows below its header; list the images there")
+        raise DataError(f"'{path}': has no rows below its header; list the images there")
     return rows, faults
 
 
@@ -171,9 +171,9 @@ def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
                     if cells:
                         yield reader.line_num, [cell.strip() for cell in cells]
             except csv.Error as error:
-                raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); export it again") from error
+                raise DataError(f"'{path}': line {reader.line_num} is not CSV ({error}); export it again") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 (byte {error.start}); export it as CSV UTF-8") from error
+        raise DataError(f"'{path}': is not UTF-8 (byte {error.start}); export it as CSV UTF-8") from error
     except OSError as error:
         raise DataError(refused(error, path, otherwise="check `data` in silo.yaml")) from error
 
@@ -187,18 +187,18 @@ def _places(path: Path, header: list[str], wanted: _Header) -> dict[Column, int]
     others = [name for name in header if name not in called.values()]
     other = next((sign for sign in (";", "\t") if len(header) == 1 and sign in header[0]), None)
     if other is not None:
-        raise DataError(f"{path}: its cells are separated by {other!r}, found {header[0][:100]}; export it with commas")
+        raise DataError(f"'{path}': its cells are separated by {other!r}, found {header[0][:100]}; export with commas")
     if lacking or twice:
         form = ",".join(called[name] for name in wanted.needed)
         form += "".join(f"[,{called[name]}]" for name in wanted.optional if name in called)
         raise DataError(
-            f"{path}: its first line must be {form}, separated by commas, "
+            f"'{path}': its first line must be {form}, separated by commas, "
             f"found {','.join(header)[:100] or 'nothing'}{near(others, list(called.values()))}; rename the columns, or "
             f"say in silo.yaml what they are called there: `{wanted.key}: {{{_example(lacking or [*twice], others)}}}`"
         )
     _check_patients(path, others, wanted, called)
     if others:
-        _log.warning("%s: column(s) that are not read: %s", path, some(others))
+        _log.warning("'%s': column(s) that are not read: %s", path, some(others))
     return {name: header.index(called[name]) for name in called if called[name] in header}
 
 
@@ -213,7 +213,7 @@ def _check_patients(path: Path, others: Sequence[str], wanted: _Header, called: 
     likely = [name for name in others if re.search(_PATIENT, name, re.IGNORECASE) or near([name], ["patient"])]
     if likely:
         raise DataError(
-            f"{path}: column {likely[0]!r} seems to name patients, and is not read; set `{wanted.key}: "
+            f"'{path}': column {likely[0]!r} seems to name patients, and is not read; set `{wanted.key}: "
             f"{{patient: {likely[0]}}}` in silo.yaml, or `data.patients: none` if each image is to count by itself"
         )
 
@@ -237,4 +237,4 @@ def _refuse(path: Path, faults: list[tuple[int, str]]) -> None:
     listed = [f"  line {line}: {text}" for line, text in sorted(faults)[:_LISTED_FAULTS]]
     if len(faults) > _LISTED_FAULTS:
         listed.append(f"  and {len(faults) - _LISTED_FAULTS} more")
-    raise DataError("\n".join([f"{path}: {len(faults)} row(s) cannot be used; mend these and run again:", *listed]))
+    raise DataError("\n".join([f"'{path}': {len(faults)} row(s) cannot be used; mend these and run again:", *listed]))

@@ -50,7 +50,7 @@ def warn_of_likes(path: Path, patients: Iterable[str], how: Collection[Normalisa
     if groups:
         some = "; ".join(" and ".join(map(repr, group)) for group in groups[:_NAMED])
         _log.warning(
-            "%s: %d group(s) of patients' ids differ by case or leading zeros alone (%s%s) and count as different "
+            "'%s': %d group(s) of patients' ids differ by case or leading zeros alone (%s%s) and count as different "
             "patients, each with a privacy budget of its own; if they are the same, set data.patients.normalise in "
             "silo.yaml before the first run", path, len(groups), some, "; ..." if len(groups) > _NAMED else "",
         )  # fmt: skip

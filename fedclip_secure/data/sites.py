@@ -19,7 +19,7 @@ def folders_in(folder: Path) -> list[Path]:
         ConfigError: it is no folder. DataError: it cannot be listed.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: is not a folder")
+        raise ConfigError(f"'{folder}': is not a folder")
     return [folder / name for name in subfolders(folder)]
 
 

@@ -29,10 +29,10 @@ def to_grey(values: npt.NDArray[np.generic], path: Path, window: tuple[int, int]
     """
     wide = values.astype(np.float64)  # exact for 32-bit integers; worked on in place, for mammograms are large
     if not np.isfinite(wide).all():
-        raise DataError(f"{path}: holds NaN or infinite pixels; replace it or move it away")
+        raise DataError(f"'{path}': holds NaN or infinite pixels; replace it or move it away")
     if window is None:
         raise ConfigError(
-            f"{path}: holds grey values from {wide.min():g} to {wide.max():g}, and the plan must say which range "
+            f"'{path}': holds grey values from {wide.min():g} to {wide.max():g}, and the plan must say which range "
             "counts; ask the coordinator to set `model.image_window: [low, high]`"
         )
     low, high = window

@@ -74,5 +74,5 @@ def _written(folder: Path, data: bytes, accepted: Accepted) -> Path:
     verdict = verify(path.read_bytes(), Expected(accepted.contract.pin, accepted.roster.pin))
     if not verdict.passed:
         listed = "".join(f"\n  {found.name}: {found.shows}" for found in verdict.failures)
-        raise TrustError(f"{path}: does not verify:{listed}")
+        raise TrustError(f"'{path}': does not verify:{listed}")
     return path

@@ -213,7 +213,7 @@ def _scene(options: Options, folder: Path, unseen: str | None, classes: dict[str
             f"{len(training)} sites of {folder} would train, each a process; at most {MOST_SILOS}: --silos"
         )
     if not all(str(site.images).isprintable() and site.silo != AGGREGATOR for site in sites):
-        raise ConfigError(f"{folder}: a site's name holds control characters or is {AGGREGATOR!r}; rename it")
+        raise ConfigError(f"'{folder}': a site's name holds control characters or is {AGGREGATOR!r}; rename it")
     if len({site.silo for site in training}) != len(training):
-        raise ConfigError(f"{folder}: two sites would get the same name in a certificate; rename one")
+        raise ConfigError(f"'{folder}': two sites would get the same name in a certificate; rename one")
     return Scene(tuple(training), next((s for s in sites if s.name == unseen), None), classes, template)

@@ -139,7 +139,7 @@ def read_facts(path: Path, state: AdapterState) -> Facts:
     try:
         read = json.loads(card.read_text("utf-8"))
         if read["model_digest"] != state.digest.hex():
-            raise DataError(f"{card}: is the card of another adapter than {path}; restore the two together")
+            raise DataError(f"'{card}': is the card of another adapter than {path}; restore the two together")
         counted = read.get("validation", {})
         return Facts(
             kind=str(read.get("adapter", path.stem)),
@@ -154,7 +154,7 @@ def read_facts(path: Path, state: AdapterState) -> Facts:
         raise DataError(refused(error, card, otherwise=f"`fedclip-silo {writer}` writes this card")) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{card}: cannot be read as an adapter's card; `fedclip-silo {writer}` writes it anew"
+            f"'{card}': cannot be read as an adapter's card; `fedclip-silo {writer}` writes it anew"
         ) from error
 
 

@@ -62,7 +62,7 @@ def _text_features(contract: Contract, path: Path | None) -> bytes | None:
         return None
     if path is None or not path.is_file() or _sha256(path) != lock.text_features_sha256:
         raise DataError(
-            f"{path}: is not the file of text features that the lock names (SHA-256 {lock.text_features_sha256}); "
+            f"'{path}': is not the file of text features that the lock names (SHA-256 {lock.text_features_sha256}); "
             "copy it here again"
         )
     features, scale = read_text_features(path, tuple(contract.plan.classes), lock.dim)

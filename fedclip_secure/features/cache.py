@@ -103,7 +103,7 @@ class FeatureCache:
         except OSError as error:
             raise DataError(refused(error, path, "be set aside, and it is damaged", "delete the file")) from error
         self.damaged.append(aside)
-        _log.warning("%s: is damaged and was set aside; its images are encoded again", aside)
+        _log.warning("'%s': is damaged and was set aside; its images are encoded again", aside)
 
     def _enter(self, path: Path, keys: Keys) -> None:
         number, packed = len(self._shards), keys.tobytes()
@@ -113,7 +113,7 @@ class FeatureCache:
     def _features(self, path: Path) -> Floats:
         shard = self._read(path)
         if shard is None:
-            raise DataError(f"{path}: was damaged while it was in use; run again, and its images are encoded again")
+            raise DataError(f"'{path}': was damaged while it was in use; run again, and its images are encoded again")
         return shard[1]
 
     def _read(self, path: Path) -> tuple[Keys, Floats] | None:

@@ -58,7 +58,7 @@ def pinned(weights: Path | None, fetch: Callable[[], Path] | None, pretrained: s
     digest = sha256_of(path)
     if digest != sha256:
         raise ModelError(
-            f"{path}: is not the file that the coordinator locked\n"
+            f"'{path}': is not the file that the coordinator locked\n"
             f"  SHA-256 here: {digest}\n  SHA-256 lock: {sha256}\n"
             "copy the coordinator's file and set `weights: PATH` in silo.yaml"
         )
@@ -214,7 +214,7 @@ def _loadable(path: Path) -> Iterator[Path]:
     """The file as open_clip's strict loader takes it: OpenAI's format without its three extra entries."""
     if _is_torchscript(path):
         raise ModelError(
-            f"{path}: is a TorchScript archive, which carries code and is not loaded; save its state dict as "
+            f"'{path}': is a TorchScript archive, which carries code and is not loaded; save its state dict as "
             "safetensors and name that file (OpenAI's weights: `pretrained: openai` fetches them so)"
         )
     if not _OPENAI_MARKS.issubset(_keys(path)):

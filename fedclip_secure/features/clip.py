@@ -115,7 +115,7 @@ def _config(model: OpenClipModel, home: Path) -> tuple[dict[str, Any], dict[str,
     except OSError as error:
         raise ModelError(refused(error, path, otherwise="check `model.config`")) from error
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: cannot be read ({error}); check `model.config`") from error
+        raise ModelError(f"'{path}': cannot be read ({error}); check `model.config`") from error
     whole = _parsed(text, str(path))
     if not isinstance(whole, dict) or "model_cfg" not in whole:
         return _checked(whole, str(path)), {}

@@ -97,7 +97,7 @@ class FileIndex:
             except sqlite3.DatabaseError as error:
                 if not is_damage(error):
                     raise
-                _log.warning("%s: is damaged and was deleted; every image is read once more", path)
+                _log.warning("'%s': is damaged and was deleted; every image is read once more", path)
                 self._connection.close()
                 path.unlink(missing_ok=True)
                 path.with_name(f"{path.name}-journal").unlink(missing_ok=True)

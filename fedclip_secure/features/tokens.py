@@ -94,15 +94,15 @@ def _of_hugging_face(config: str, source: str, local: bool) -> Tokenizer:
 def _read(lock: OpenClipEncoder, folder: Path) -> Tokenizer:
     if not folder.is_dir():
         raise ConfigError(
-            f"{folder}: is no folder; `tokenizer` names one that holds the tokenizer's files, as tokenizer.json and "
+            f"'{folder}': is no folder; `tokenizer` names one that holds the tokenizer's files, as tokenizer.json and "
             "tokenizer_config.json"
         )
     try:
         return _of_hugging_face(lock.config, str(folder), True)
     except Exception as error:  # transformers, tokenizers and the system raise their own kinds
         raise ModelError(
-            f"{folder}: holds no tokenizer that can be read ({first_line(error)}); copy all of its repository's files "
-            "but the weights, among them tokenizer.json and tokenizer_config.json"
+            f"'{folder}': holds no tokenizer that can be read ({first_line(error)}); copy all of its repository's "
+            "files but the weights, among them tokenizer.json and tokenizer_config.json"
         ) from error
 
 

@@ -127,7 +127,7 @@ def create_authority(folder: Path, federation: str) -> Authority:
         DataError: the disk refuses.
     """
     if (folder / AUTHORITY_CERTIFICATE).exists():
-        raise TrustError(f"{folder}: there is an authority already; every silo trusts it, so choose another folder")
+        raise TrustError(f"'{folder}': there is an authority already; every silo trusts it, so choose another folder")
     key = ec.generate_private_key(ec.SECP256R1())
     subject, now = _subject(federation, "authority"), datetime.now(UTC)
     certificate = (
@@ -152,7 +152,7 @@ def load_authority(folder: Path) -> Authority:
     certificate = read_certificate(folder / AUTHORITY_CERTIFICATE)
     key = read_private_key(folder / AUTHORITY_KEY)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or spki_sha256(certificate) != spki_sha256(key.public_key()):
-        raise TrustError(f"{folder}: {AUTHORITY_KEY} and {AUTHORITY_CERTIFICATE} do not belong together; restore both")
+        raise TrustError(f"'{folder}': {AUTHORITY_KEY} and {AUTHORITY_CERTIFICATE} are no pair; restore both")
     return Authority(key, certificate)
 
 

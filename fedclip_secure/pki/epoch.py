@@ -57,7 +57,7 @@ class Epoch:
             raise DataError(refused(error, path, otherwise="restore the silo's epoch file there")) from error
         except ValueError as error:
             raise DataError(
-                f"{path}: cannot be read as the silo's epoch file; restore it from a backup, or remove it "
+                f"'{path}': cannot be read as the silo's epoch file; restore it from a backup, or remove it "
                 "and run `fedclip-silo recover`"
             ) from error
 

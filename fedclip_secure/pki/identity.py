@@ -60,14 +60,14 @@ class Identity:
         enrolment = read_enrolment(folder)
         if enrolment is None:
             raise TrustError(
-                f"{folder}: holds no identity; run `fedclip-silo enroll` with the coordinator's invitation"
+                f"'{folder}': holds no identity; run `fedclip-silo enroll` with the coordinator's invitation"
             )
         key = SigningKey.load(folder / KEY)
         certificate, authority = read_certificate(folder / CERTIFICATE), read_certificate(folder / AUTHORITY)
         try:
             return cls(folder, enrolment, key, certificate, authority)
         except TrustError as error:
-            raise TrustError(f"{folder}: {error}") from error
+            raise TrustError(f"'{folder}': {error}") from error
 
     def save(self) -> None:
         """Write certificate, authority and enrolment; the key is there already. The last file completes the identity.
@@ -142,7 +142,7 @@ def read_enrolment(folder: Path) -> Enrolment | None:
     except OSError as error:
         raise DataError(refused(error, path, otherwise="put back what `fedclip-silo enroll` wrote there")) from error
     except ValidationError as error:
-        raise TrustError(f"{path}: is damaged; move it away and run `fedclip-silo enroll` again") from error
+        raise TrustError(f"'{path}': is damaged; move it away and run `fedclip-silo enroll` again") from error
 
 
 def check_certificate(certificate: x509.Certificate, authority: x509.Certificate, key: SigningKey, name: str) -> None:

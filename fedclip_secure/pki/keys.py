@@ -38,7 +38,7 @@ class SigningKey:
         """
         if path.exists():
             raise TrustError(
-                f"{path}: there is a key already, and the roster may name it; move it away to make another"
+                f"'{path}': there is a key already, and the roster may name it; move it away to make another"
             )
         key = cls(Ed25519PrivateKey.generate())
         write_private_key(path, key.private)
@@ -53,7 +53,7 @@ class SigningKey:
         """
         private = read_private_key(path)
         if not isinstance(private, Ed25519PrivateKey):
-            raise TrustError(f"{path}: is not an Ed25519 key; restore the one that was made here")
+            raise TrustError(f"'{path}': is not an Ed25519 key; restore the one that was made here")
         return cls(private)
 
     def sign(self, data: bytes) -> bytes:
@@ -118,15 +118,15 @@ def read_private_key(path: Path) -> PrivateKey:
         raise DataError(refused(error, path, otherwise="restore the private key there")) from error
     if mode & 0o077:
         raise TrustError(
-            f"{path}: others on this machine may use this private key (mode {mode:04o}); run `chmod 600 {path}`, "
+            f"'{path}': others on this machine may use this private key (mode {mode:04o}); run `chmod 600 {path}`, "
             f"and replace the key if somebody may have copied it"
         )
     try:
         key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise TrustError(
-            f"{path}: is not an unencrypted PEM private key; restore the one that was made here"
+            f"'{path}': is not an unencrypted PEM private key; restore the one that was made here"
         ) from error
     if not isinstance(key, PrivateKey):
-        raise TrustError(f"{path}: is a key of another kind; restore the one that was made here")
+        raise TrustError(f"'{path}': is a key of another kind; restore the one that was made here")
     return key

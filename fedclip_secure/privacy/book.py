@@ -101,8 +101,8 @@ class Book:
         if not entries or self.hour() >= entries[-1].at:
             return None
         return (
-            f"{self.path}: its newest entry is of {told(entries[-1].at)}, and the clock is behind that; set the clock, "
-            "or if it was wrong when that was written, run `fedclip-silo budget --clock-was-wrong`"
+            f"'{self.path}': its newest entry is of {told(entries[-1].at)}, and the clock is behind that; set the "
+            "clock, or if it was wrong when that was written, run `fedclip-silo budget --clock-was-wrong`"
         )
 
     def write(self, values: dict[str, Any]) -> SignedEntry:
@@ -153,7 +153,7 @@ class Book:
                 chosen = self._checked_set(entry) if isinstance(entry, Begin | Data) else None
                 self._keep(signed, entry, chosen, ())
         except TrustError as error:
-            raise TrustError(f"{self.path}: was edited, or mixed from several backups: {error}; {RESTORE}") from error
+            raise TrustError(f"'{self.path}': was edited, or mixed from several backups: {error}; {RESTORE}") from error
 
     def _checked_set(self, entry: Begin | Data) -> UnitSet:
         try:

@@ -33,7 +33,7 @@ def found(book: Book, terms: RunTerms) -> Run | None:
     other = [name for name, value in fields.items() if getattr(run.begin, name) != value]
     if other:
         raise TrustError(
-            f"{book.path}: the run of federation {terms.federation} with this plan and roster began with "
+            f"'{book.path}': the run of federation {terms.federation} with this plan and roster began with "
             f"another {', '.join(other)} (entry {run.begin.number}); set it back to what it was"
         )
     return run
@@ -51,14 +51,14 @@ def check_units(book: Book, terms: RunTerms) -> None:
     charged, unit, known = first.begin.unit, terms.unit, first.begin.normalised
     if charged != unit:
         raise PolicyError(
-            f"{book.path}: charges each {charged}, and the plan protects each {unit}: its earlier runs did "
+            f"'{book.path}': charges each {charged}, and the plan protects each {unit}: its earlier runs did "
             f"not note which records were whose, so what a {unit} has spent in them cannot be bounded; ask the "
             f"coordinator for a plan with privacy.unit {charged}, or name another folder as `ledger` in silo.yaml "
             f"for plans of {unit}s: what was spent here does not count there, and must be added by hand"
         )
     if known != list(terms.patients):
         raise PolicyError(
-            f"{book.path}: since its first run patients' ids are normalised by {known}, and by "
+            f"'{book.path}': since its first run patients' ids are normalised by {known}, and by "
             f"{list(terms.patients)} in silo.yaml: patients would get new accounts with nothing spent; set "
             f"data.patients.normalise back to {known}, or where ids come in a feature file, make them so"
         )
@@ -133,8 +133,8 @@ def check_data(book: Book, run: Run, name: str) -> None:
     """
     if run.sets[-1] != name:
         raise DataError(
-            f"{book.path}: another process goes on with the run of federation {run.begin.federation} over other data; "
-            "stop one of the two, and start `train` again"
+            f"'{book.path}': another process goes on with the run of federation {run.begin.federation} over other "
+            "data; stop one of the two, and start `train` again"
         )
 
 

@@ -89,9 +89,9 @@ class Ledger:
         lost = sum(head not in self._book.chain.numbers for head in heads)
         if lost:
             raise TrustError(
-                f"{self._book.path}: lacks {lost} of the entries that the coordinator holds receipts for, so it is not "
-                f"the newest, and what was spent since would be spent twice; {RESTORE}; if none is, start no run and "
-                "tell the coordinator"
+                f"'{self._book.path}': lacks {lost} of the entries that the coordinator holds receipts for, so it is "
+                f"not the newest, and what was spent since would be spent twice; {RESTORE}; if none is, start no run "
+                "and tell the coordinator"
             )
 
     def check_newest(self, head: bytes) -> None:
@@ -102,7 +102,7 @@ class Ledger:
         """
         if head not in self._book.chain.numbers:
             raise TrustError(
-                f"{self._book.path}: lacks the entry that was written last, so it is not the newest, and what was "
+                f"'{self._book.path}': lacks the entry that was written last, so it is not the newest, and what was "
                 f"spent since would be spent twice; {RESTORE}; if none is, start no run with these data"
             )
 
@@ -223,7 +223,7 @@ class Ledger:
             entries = self._book.chain.entries
             if not entries or entries[-1].at <= self._book.hour():
                 newest = f"its newest entry is of {told(entries[-1].at)}" if entries else "it has no entry"
-                raise ConfigError(f"{self._book.path}: {newest}, not ahead of the clock; there is nothing to mend")
+                raise ConfigError(f"'{self._book.path}': {newest}, not ahead of the clock; there is nothing to mend")
             self._book.write_clock()
 
     # For OpenRun
@@ -261,7 +261,7 @@ class Ledger:
         chosen = [run for run in mine if run.begin.federation == federation]
         if not chosen:
             raise ConfigError(
-                f"{self._book.path}: {self._book.silo} has no unfinished run of a federation {federation} here; "
+                f"'{self._book.path}': {self._book.silo} has no unfinished run of a federation {federation} here; "
                 f"unfinished are: {holders(self._book.holding(None)) or 'none'}"
             )
         return chosen

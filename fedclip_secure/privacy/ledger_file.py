@@ -54,7 +54,7 @@ class LedgerFile:
         with self._usable():
             if self._key_path.exists() and not (self.path.exists() and self.path.stat().st_size):
                 raise TrustError(
-                    f"{self.path}: is missing or empty, and {self._key_path} shows that it was there; {RESTORE}"
+                    f"'{self.path}': is missing or empty, and {self._key_path} shows that it was there; {RESTORE}"
                 )
             if not folder.exists():
                 make_private_folder(folder)
@@ -157,7 +157,7 @@ class LedgerFile:
         if not tables and application == version == 0:
             return True
         if application == _APPLICATION and version > _VERSION:
-            raise DataError(f"{self.path}: was written by a newer fedclip-silo; use that one")
+            raise DataError(f"'{self.path}': was written by a newer fedclip-silo; use that one")
         if application != _APPLICATION or tables != [(table,) for table in _TABLES]:
             raise sqlite3.DatabaseError("it is no ledger")
         whole = self.path.stat().st_size == pages * size  # what is missing of the last page would read as zeros
@@ -187,7 +187,7 @@ class LedgerFile:
                 ) from error
             if not is_damage(error):
                 raise DataError(refused(error, self.path, "be used as the privacy ledger", _ELSEWHERE)) from error
-            raise DataError(f"{self.path}: is damaged as the privacy ledger ({error}); {RESTORE}") from error
+            raise DataError(f"'{self.path}': is damaged as the privacy ledger ({error}); {RESTORE}") from error
 
 
 def _cast(columns: str) -> str:

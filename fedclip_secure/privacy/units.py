@@ -57,9 +57,9 @@ def load_key(path: Path) -> bytes:
     except OSError as error:
         raise DataError(refused(error, path, otherwise="restore the ledger's key from the newest backup")) from error
     if mode & 0o077:
-        raise TrustError(f"{path}: others on this machine may read this key (mode {mode:04o}); run `chmod 600 {path}`")
+        raise TrustError(f"'{path}': others here may read this key (mode {mode:04o}); run `chmod 600 {path}`")
     if len(key) != KEY_BYTES:
-        raise TrustError(f"{path}: is damaged as the ledger's key; restore it from the newest backup")
+        raise TrustError(f"'{path}': is damaged as the ledger's key; restore it from the newest backup")
     return key
 
 

@@ -108,16 +108,16 @@ def ledger_of_run(config: SiloConfig, identity: Identity, accepted: Accepted, re
         raise _of_another(folder, begun, accepted)
     if not ledger_exists(config) and begun is not None and not _notes(config):
         raise TrustError(
-            f"{folder}: is gone, and the run of federation {accepted.contract.plan.federation} was begun with it; put "
-            "its newest backup there; without it what was spent would be spent twice"
+            f"'{folder}': is gone, and the run of federation {accepted.contract.plan.federation} was begun with it; "
+            "put its newest backup there; without it what was spent would be spent twice"
         )
     ledger = open_ledger(config, identity)
     if (begun or uploaded) and not ledger.has_run(accepted.contract.digest, accepted.roster.digest):
         ledger.close()
         if begun is not None and not elsewhere:
             raise TrustError(
-                f"{folder}: lacks the run of federation {accepted.contract.plan.federation}, which was begun with it, "
-                f"so it is not the newest, and what was spent since would be spent twice; {RESTORE}"
+                f"'{folder}': lacks the run of federation {accepted.contract.plan.federation}, which was begun with "
+                f"it, so it is not the newest, and what was spent since would be spent twice; {RESTORE}"
             )
         raise _of_another(folder, begun, accepted)
     return ledger
@@ -175,7 +175,7 @@ def begun_with(config: SiloConfig, accepted: Accepted) -> Path | None:
         raise DataError(refused(error, path)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path}: which ledger the run was begun with cannot be read; delete it, if `ledger` in silo.yaml is that"
+            f"'{path}': which ledger the run was begun with cannot be read; delete it, if `ledger` in silo.yaml is that"
         ) from error
 
 
@@ -193,7 +193,7 @@ def existing_ledger(config: SiloConfig, identity: Identity) -> Ledger:
     ledger = _begun_ledger(config, identity, _accepted_run(config))
     if ledger is None:
         raise ConfigError(
-            f"{ledger_folder(config)}: there is no ledger; `ledger` in silo.yaml names it, and `train` begins it"
+            f"'{ledger_folder(config)}': there is no ledger; `ledger` in silo.yaml names it, and `train` begins it"
         )
     return ledger
 
@@ -204,7 +204,7 @@ def ledger_folder(config: SiloConfig) -> Path:
         return Path(config.ledger).resolve()
     except RuntimeError as error:  # links that lead to each other
         raise ConfigError(
-            f"{config.ledger}: cannot be followed ({error}); name a folder as `ledger` in silo.yaml"
+            f"'{config.ledger}': cannot be followed ({error}); name a folder as `ledger` in silo.yaml"
         ) from error
 
 
@@ -315,7 +315,7 @@ def _noted(path: Path) -> bytes:
     except OSError as error:
         raise DataError(refused(error, path, otherwise=_WITH_LEDGER)) from error
     except ValueError as error:
-        raise DataError(f"{path}: cannot be read ({error}); {_WITH_LEDGER}") from error
+        raise DataError(f"'{path}': cannot be read ({error}); {_WITH_LEDGER}") from error
 
 
 class Account:

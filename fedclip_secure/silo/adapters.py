@@ -46,7 +46,7 @@ def choose(workdir: Path, wanted: str, terms: Terms) -> Chosen:
     own = wanted in _NAMES
     path = adapter_folder(workdir) / f"{wanted}.safetensors" if own else Path(wanted)
     if not path.exists() and wanted == PERSONAL:
-        raise ConfigError(f"{path}: is missing; `fedclip-silo personalize` makes it")
+        raise ConfigError(f"'{path}': is missing; `fedclip-silo personalize` makes it")
     if not path.exists() and not own:
         raise ConfigError(f"{wanted}: is none of {', '.join(_NAMES)}, and no file; check the path")
     return Chosen(wanted if own else path.stem, path, load_adapter(path, terms), own)

@@ -25,7 +25,7 @@ def export_adapter(
     chosen = choose(Path(config.workdir), wanted, Terms.of(accepted.contract, accepted.roster))
     facts = chosen.facts()
     if facts.after_round is None:
-        raise ConfigError(f"{chosen.path}: has no JSON card beside it that says where it comes from; copy that too")
+        raise ConfigError(f"'{chosen.path}': has no JSON card beside it that says where it comes from; copy that too")
     to = folder or Path(config.workdir, "export", chosen.name)
     contract, roster = accepted.contract, accepted.roster
     return facts, write_export(to, chosen.state, facts, contract, roster, text_features=text_features_path(config))

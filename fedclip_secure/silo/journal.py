@@ -126,7 +126,7 @@ class Journal:
             self._prepare()
             if not recovering and not self.matches_epoch():
                 raise TrustError(
-                    f"{self._path}: does not match {epoch}: one of the two was restored from a backup, or lost, and "
+                    f"'{self._path}': does not match {epoch}: one of the two was restored from a backup, or lost, and "
                     "this silo could sign a second time over a model; run `fedclip-silo recover`"
                 )
         except BaseException:
@@ -182,7 +182,7 @@ class Journal:
         vector = self.vector(drawn)
         if vector is None:
             raise DataError(
-                f"{self._vectors.folder}: the vector of round {drawn.round} is lost; run `fedclip-silo train`"
+                f"'{self._vectors.folder}': the vector of round {drawn.round} is lost; run `fedclip-silo train`"
             )
         return vector
 
@@ -353,9 +353,9 @@ class Journal:
             self._sql.execute(f"PRAGMA user_version = {_VERSION}")
             self._sql.execute("COMMIT")
         elif version > _VERSION:
-            raise DataError(f"{self._path}: was written by a newer fedclip-silo; use that one")
+            raise DataError(f"'{self._path}': was written by a newer fedclip-silo; use that one")
         elif 0 < version < _VERSION:
-            raise DataError(f"{self._path}: was written by an older fedclip-silo; finish that run with that one")
+            raise DataError(f"'{self._path}': was written by an older fedclip-silo; finish that run with that one")
         elif version != _VERSION:
             raise sqlite3.DatabaseError("it is no journal")
 
@@ -386,7 +386,7 @@ class Journal:
             if not is_damage(error):
                 raise DataError(refused(error, self._path, "be used as the silo's journal", _ELSEWHERE)) from error
             raise DamagedJournalError(
-                f"{self._path}: is damaged as the silo's journal ({error}); run `fedclip-silo recover`: without its "
+                f"'{self._path}': is damaged as the silo's journal ({error}); run `fedclip-silo recover`: without its "
                 "journal this silo could sign twice over a model"
             ) from error
 

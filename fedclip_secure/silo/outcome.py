@@ -97,7 +97,7 @@ def read_models(folder: Path, contract: Contract) -> dict[int, bytes]:
     except OSError as error:
         raise DataError(refused(error, path)) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read; `fedclip-silo train` writes it anew") from error
+        raise DataError(f"'{path}': cannot be read; `fedclip-silo train` writes it anew") from error
 
 
 def newest_model(workdir: Path, contract: Contract, terms: Terms) -> AdapterState | None:
@@ -119,7 +119,7 @@ def load_adapter(path: Path, terms: Terms) -> AdapterState:
     try:
         return AdapterState.from_file(path, terms.layout, str(path))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: is missing; `fedclip-silo train` writes it when the run ends") from error
+        raise ConfigError(f"'{path}': is missing; `fedclip-silo train` writes it when the run ends") from error
     except OSError as error:
         raise DataError(refused(error, path)) from error
 

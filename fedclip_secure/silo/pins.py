@@ -70,7 +70,7 @@ def load_accepted(config: SiloConfig) -> Accepted:
         raise TrustError(f"{workdir}: contract.cbor or roster.cbor is damaged ({error}); {_ACCEPT}") from error
     if (contract.pin, roster.pin) != (config.plan, config.roster):
         raise TrustError(
-            f"{workdir}: holds another plan or roster than silo.yaml pins\n"
+            f"'{workdir}': holds another plan or roster than silo.yaml pins\n"
             f"  plan:   pinned {config.plan}, here {contract.pin}\n"
             f"  roster: pinned {config.roster}, here {roster.pin}\n{_ACCEPT}"
         )

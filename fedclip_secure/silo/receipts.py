@@ -39,10 +39,10 @@ def read_receipts(workdir: Path, epoch: Path, roster: bytes) -> tuple[bytes, ...
     except (sqlite3.Error, TypeError) as error:
         if isinstance(error, sqlite3.Error) and not is_damage(error):
             raise DataError(refused(error, path, otherwise=_HOW_IT_STANDS)) from error
-        raise DataError(f"{path}: its receipts cannot be read ({error}); {_HOW_IT_STANDS}") from error
+        raise DataError(f"'{path}': its receipts cannot be read ({error}); {_HOW_IT_STANDS}") from error
     if kept.number > number or (kept.number and kept.journal != journal):
         raise TrustError(
-            f"{path}: does not match {epoch}: one of the two was restored from a backup, or lost, and receipts may be "
-            "missing; run `fedclip-silo recover`"
+            f"'{path}': does not match {epoch}: one of the two was restored from a backup, or lost, and receipts may "
+            "be missing; run `fedclip-silo recover`"
         )
     return receipts

@@ -105,4 +105,4 @@ def load_audit(workdir: Path, accepted: Accepted) -> Audit | None:
     except OSError as error:
         raise DataError(refused(error, path)) from error
     except (ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as an audit; run `fedclip-silo audit` again") from error
+        raise ConfigError(f"'{path}': cannot be read as an audit; run `fedclip-silo audit` again") from error

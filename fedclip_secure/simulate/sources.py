@@ -84,7 +84,7 @@ def find_sources(experiment: Experiment, home: Path, out: Path) -> Sources:
     found = classes_in(sites) if isinstance(data, FolderSites) else dict(synthetic.CLASSES)
     classes = dict(experiment.classes or found)
     if len(classes) < 2:
-        raise ConfigError(f"{folder}: holds no DIR/<site>/<class>/ folders of at least 2 classes; check data.path")
+        raise ConfigError(f"'{folder}': holds no DIR/<site>/<class>/ folders of at least 2 classes; check data.path")
     absent = {site: absent_classes(site, list(classes)) for site in sites}
     folders = {site.name: FolderData(format="folder", path=str(site), absent_classes=absent[site]) for site in sites}
     return _checked(Sources(dict(folders), classes, home, out))

@@ -47,7 +47,7 @@ def load(out: Path, digest: str) -> Figures | None:
         raise DataError(refused(error, path)) from error
     except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
         pass
-    _log.warning("%s: is damaged; its cell is run again", path)
+    _log.warning("'%s': is damaged; its cell is run again", path)
     return None
 
 

@@ -101,7 +101,7 @@ def _external_task(contract: Contract, path: Path | None) -> Task:
     digest = sha256_of(path)
     if digest != lock.text_features_sha256:
         raise ModelError(
-            f"{path}: is not the file that the coordinator locked\n"
+            f"'{path}': is not the file that the coordinator locked\n"
             f"  SHA-256 here: {digest}\n  SHA-256 lock: {lock.text_features_sha256}\n"
             "fetch it from the coordinator again"
         )

@@ -15,6 +15,7 @@ import torch
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import ExternalModel
 from fedclip_secure.config.silo import SiloConfig
+from fedclip_secure.data.classes import some
 from fedclip_secure.data.dataset import UNLABELLED, ImageFile
 from fedclip_secure.data.folder import images_in
 from fedclip_secure.data.listing import LeftOut, Listing
@@ -61,9 +62,9 @@ def find_images(paths: Iterable[Path]) -> Listing:
         elif path.is_file():
             found[path] = None
         else:
-            raise DataError(f"{path}: is no file and no folder; check the path")
+            raise DataError(f"'{path}': is no file and no folder; check the path")
     if not found:
-        raise DataError(f"{', '.join(map(str, listed))}: no image there, by extension; name files or another folder")
+        raise DataError(f"{some(list(map(str, listed)))}: there is no image there; name files or another folder")
     return Listing(
         [ImageFile(path, UNLABELLED) for path in found],
         [one for path, one in left_out.items() if Path(path) not in found],

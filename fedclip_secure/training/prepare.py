@@ -116,7 +116,7 @@ def _check_global(path: Path) -> None:
     length = int.from_bytes(data[:8], "little")
     if b'"personal"' in data[8 : 8 + min(length, len(data))]:
         raise ConfigError(
-            f"{path}: is one silo's personal adapter, which must not leave its house; start from a global one"
+            f"'{path}': is one silo's personal adapter, which must not leave its house; start from a global one"
         )
 
 

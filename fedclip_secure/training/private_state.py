@@ -55,7 +55,7 @@ class PrivateState:
             try:
                 load_private(module, spec, state)
             except ModelError as error:
-                raise ModelError(f"{self._path}: {error}; remove the file to begin anew") from error
+                raise ModelError(f"'{self._path}': {error}; remove the file to begin anew") from error
         self._begun = start, read_private(module, spec)
 
     def finish(self, module: nn.Module, spec: MethodSpec) -> None:
@@ -96,8 +96,8 @@ def _read(path: Path, run: str) -> _Step | None:
         raise DataError(refused(error, path)) from error
     except (SafetensorError, ValueError, KeyError, TypeError, ModelError) as error:
         raise DataError(
-            f"{path}: is damaged ({error}); restore it, or remove it: the private part of the method begins anew"
+            f"'{path}': is damaged ({error}); restore it, or remove it: the private part of the method begins anew"
         ) from error
     if whose != run:
-        raise DataError(f"{path}: is of another run; remove it: the private part of the method begins anew")
+        raise DataError(f"'{path}': is of another run; remove it: the private part of the method begins anew")
     return _Step(start, before, after)

@@ -56,7 +56,7 @@ async def enroll(url: str, token: str, folder: Path, waiting: Waiting) -> Identi
 def _check_free(folder: Path, name: str) -> None:
     present = read_enrolment(folder)
     if present is not None and present.name != name:
-        raise TrustError(f"{folder}: holds the identity of {present.name}; choose another folder for {name}")
+        raise TrustError(f"'{folder}': holds the identity of {present.name}; choose another folder for {name}")
 
 
 async def _fetch_authority(server: str, invitation: Invitation, waiting: Waiting) -> x509.Certificate:

@@ -111,7 +111,9 @@ def test_init_below_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["prepare", "freeze", "serve", "status", "invite a", "export"])
 def test_every_command_says_where_it_looked_for_the_federation(tmp_path: Path, command: str) -> None:
-    refused("federation.yaml: is missing.*`fedclip-agg init`.*--dir", *command.split(), "--dir", str(tmp_path / "none"))
+    refused(
+        "federation.yaml': is missing.*`fedclip-agg init`.*--dir", *command.split(), "--dir", str(tmp_path / "none")
+    )
     assert not (tmp_path / "none").exists()
 
 

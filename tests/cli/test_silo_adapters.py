@@ -93,7 +93,7 @@ def test_the_program_in_the_card_predicts_what_predict_does(
 def test_personalize_writes_an_adapter_of_this_silos_own_which_classifies_and_is_exported_with_its_warning(
     home: Home, photos: Path
 ) -> None:
-    home.refused(r"personal\.safetensors: is missing; `fedclip-silo personalize` makes it", "predict", str(photos),
+    home.refused(r"personal\.safetensors': is missing; `fedclip-silo personalize` makes it", "predict", str(photos),
                  "--adapter", "personal")  # fmt: skip
     lines = home.run("personalize")[0].splitlines()
     assert "of this silo alone, without privacy: adam, lr 0.001, batches of 32" in lines[0]

@@ -272,7 +272,7 @@ def test_declined_offer_pins_nothing_and_accepted_one_keeps_the_file(site: Site)
     output = site.silo("accept", answer="y\n")
     assert "silo-a (you)" in output
     assert site.config("silo-a").read_text().startswith(before)
-    site.refused(r"adapters/best\.safetensors: is missing; `fedclip-silo train` writes it", "evaluate")
+    site.refused(r"adapters/best\.safetensors': is missing; `fedclip-silo train` writes it", "evaluate")
 
 
 def test_policy_stops_accept_with_code_3_and_pins_nothing(site: Site) -> None:

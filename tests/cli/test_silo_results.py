@@ -113,13 +113,13 @@ def test_evaluation_as_json_keeps_its_keys_and_adds_the_adapters(home: Home) -> 
 
 def test_adapter_without_its_card_is_named(home: Home) -> None:
     (home.folder / "work" / "adapters" / "last.json").write_text("[]")
-    home.refused(r"last\.json: cannot be read as an adapter's card; `fedclip-silo train` writes it anew", "evaluate")
+    home.refused(r"last\.json': cannot be read as an adapter's card; `fedclip-silo train` writes it anew", "evaluate")
 
 
 def test_the_card_of_another_adapter_is_not_believed(home: Home) -> None:
     adapters = home.folder / "work" / "adapters"
     adapters.joinpath("best.json").write_bytes(adapters.joinpath("last.json").read_bytes())
-    home.refused(r"best\.json: is the card of another adapter than .*best\.safetensors", "evaluate")
+    home.refused(r"best\.json': is the card of another adapter than .*best\.safetensors", "evaluate")
 
 
 def test_predict_agrees_with_evaluate_on_the_same_images(home: Home, photos: Path) -> None:
@@ -149,7 +149,7 @@ def test_broken_image_is_left_out_and_named_and_with_strict_an_error(home: Home,
     output, errors = home.run("predict", str(folder), "--output", str(out))
     assert output == f"1 prediction(s) in {out}\n"
     assert "1 image(s) cannot be used and were left out:" in errors
-    assert f"{folder / 'broken.png'}: cannot be read as an image" in errors
+    assert f"'{folder / 'broken.png'}': cannot be read as an image" in errors
     assert [row["path"] for row in csv.DictReader(io.StringIO(out.read_text()))] == [str(folder / "deep" / "dog.JPG")]
     out.unlink()
     home.refused(r"1 image\(s\) cannot be used", "predict", str(folder), "--output", str(out), "--strict")
@@ -160,9 +160,9 @@ def test_broken_image_is_left_out_and_named_and_with_strict_an_error(home: Home,
 
 
 def test_predict_refuses_what_is_not_there(home: Home, tmp_path: Path) -> None:
-    home.refused("nowhere: is no file and no folder", "predict", str(tmp_path / "nowhere"))
+    home.refused("nowhere': is no file and no folder", "predict", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    home.refused("empty: no image there", "predict", str(tmp_path / "empty"))
+    home.refused("empty': there is no image there", "predict", str(tmp_path / "empty"))
     dog = str(next(Path(read_silo(home.folder / "silo.yaml").data.path).glob("dog/*")))
     home.refused("taken': cannot be written", "predict", dog, "--output", str(taken(tmp_path)))
 

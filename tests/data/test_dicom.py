@@ -96,7 +96,7 @@ def test_monochrome1_is_inverted(tmp_path: Path) -> None:
 
 def test_grey_without_the_plans_window_is_refused(tmp_path: Path) -> None:
     path = dicom(tmp_path / "ct.dcm", np.array([[-1000, 3000]], np.int16))
-    with pytest.raises(ConfigError, match=r"ct\.dcm: holds grey values from -1000 to 3000.*model\.image_window"):
+    with pytest.raises(ConfigError, match=r"ct\.dcm': holds grey values from -1000 to 3000.*model\.image_window"):
         load_image(path, None)
 
 

@@ -94,7 +94,7 @@ def test_missing_array_is_named_with_those_there(path: Path) -> None:
 
 def test_damaged_file_is_named(path: Path) -> None:
     path.write_bytes(b"not what the name says")
-    with pytest.raises(DataError, match=f"{path.name}: is damaged"):
+    with pytest.raises(DataError, match=f"{path.name}': is damaged"):
         read_embeddings(path, CLASSES, 4)
 
 

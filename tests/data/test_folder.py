@@ -112,7 +112,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 def test_16_bit_image_needs_the_plans_window(tmp_path: Path) -> None:
     path = save(tmp_path / "deep.png", grey16([[1000, 3000], [5000, 65535]]))
-    with pytest.raises(ConfigError, match=r"deep\.png: holds grey values from 1000 to 65535.*model\.image_window"):
+    with pytest.raises(ConfigError, match=r"deep\.png': holds grey values from 1000 to 65535.*model\.image_window"):
         load_image(path, None)
 
 
@@ -129,7 +129,7 @@ def test_window_maps_low_to_0_and_high_to_255(tmp_path: Path, mode: str) -> None
 
 def test_nan_pixels_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "nan.tif", Image.fromarray(np.array([[np.nan, 1.0]], dtype=np.float32)))
-    with pytest.raises(DataError, match=r"nan\.tif: holds NaN"):
+    with pytest.raises(DataError, match=r"nan\.tif': holds NaN"):
         load_image(path, (0, 1))
 
 
@@ -154,14 +154,14 @@ def test_truncated_image_is_named(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 50).save(whole, "JPEG")
     path = tmp_path / "cut.jpg"
     path.write_bytes(whole.getvalue()[:500])
-    with pytest.raises(DataError, match=r"cut\.jpg: cannot be read as an image \(.*truncated"):
+    with pytest.raises(DataError, match=r"cut\.jpg': cannot be read as an image \(.*truncated"):
         load_image(path, None)
 
 
 def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     path.write_text("not an image")
-    with pytest.raises(DataError, match=r"text\.png: cannot be read as an image \(not an image\)"):
+    with pytest.raises(DataError, match=r"text\.png': cannot be read as an image \(not an image\)"):
         load_image(path, None)
 
 
@@ -177,7 +177,7 @@ def test_file_that_stands_for_one_that_was_not_fetched_is_named_with_what_fetche
 ) -> None:
     (tmp_path / "scan.png").write_text(f"{begins}\n")
     with pytest.raises(
-        DataError, match=rf"scan\.png: stands for an image that was not downloaded; get it with `{fetch}`"
+        DataError, match=rf"scan\.png': stands for an image that was not downloaded; get it with `{fetch}`"
     ):
         load_image(tmp_path / "scan.png", None)
 
@@ -206,5 +206,5 @@ def test_missing_image_is_named(tmp_path: Path) -> None:
 
 def test_decompression_bomb_is_named(tmp_path: Path) -> None:
     path = save(tmp_path / "bomb.png", Image.new("1", (20_000, 20_000)))
-    with pytest.raises(DataError, match=r"bomb\.png: has more pixels"):
+    with pytest.raises(DataError, match=r"bomb\.png': has more pixels"):
         load_image(path, None)

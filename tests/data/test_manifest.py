@@ -181,7 +181,7 @@ def test_other_columns_are_told_and_not_read(tmp_path: Path, caplog: pytest.LogC
     text = ',path,label,report\n0,a.png,cat,"two\nlines"\n1,b.png,dog,\n'
     with caplog.at_level(logging.WARNING):
         assert [file.label for file in read(tmp_path, text)] == [0, 1]
-    assert "records.csv: column(s) that are not read: '', 'report'" in caplog.text
+    assert "records.csv': column(s) that are not read: '', 'report'" in caplog.text
 
 
 def test_columns_go_by_the_names_that_silo_yaml_gives_them(tmp_path: Path) -> None:

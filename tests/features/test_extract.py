@@ -195,7 +195,7 @@ def test_class_of_which_nothing_is_left_is_refused(run: Runs, files: list[ImageF
 def test_image_that_needs_the_plans_window_stops_the_run(run: Runs, files: list[ImageFile]) -> None:
     """It is not the file's fault: leaving all 16-bit images out would be a silent loss."""
     Image.fromarray(np.full((70, 80), 4000, np.uint16)).save(files[3].path)
-    with pytest.raises(ConfigError, match=r"3\.png: holds grey values .*model\.image_window"):
+    with pytest.raises(ConfigError, match=r"3\.png': holds grey values .*model\.image_window"):
         run(files)
 
 

@@ -183,7 +183,7 @@ def test_a_folder_that_holds_no_tokenizer_is_named(
     if content is not None:
         write_tokenizer(home / "words")
         (home / "words" / "tokenizer.json").write_text(content)
-    with pytest.raises(error, match=r"home/words: (is no folder|holds no tokenizer that can be read)"):
+    with pytest.raises(error, match=r"home/words.: (is no folder|holds no tokenizer that can be read)"):
         agreed(plan_with(tower_plan, "words"), home)
 
 

@@ -70,7 +70,7 @@ def test_key_and_certificate_of_two_authorities_are_refused(tmp_path: Path) -> N
     create_authority(tmp_path / "a", "lung-xray")
     create_authority(tmp_path / "b", "lung-xray")
     (tmp_path / "a" / AUTHORITY_KEY).write_bytes((tmp_path / "b" / AUTHORITY_KEY).read_bytes())
-    with pytest.raises(TrustError, match="do not belong together"):
+    with pytest.raises(TrustError, match="are no pair; restore both"):
         load_authority(tmp_path / "a")
 
 

@@ -96,7 +96,7 @@ def test_key_of_another_kind_is_named(tmp_path: Path) -> None:
 def test_damaged_key_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / KEY).touch(mode=0o600)
     (tmp_path / KEY).write_bytes(content)
-    with pytest.raises(TrustError, match=r"key\.pem: is not an unencrypted PEM private key"):
+    with pytest.raises(TrustError, match=r"key\.pem': is not an unencrypted PEM private key"):
         SigningKey.load(tmp_path / KEY)
 
 
@@ -157,7 +157,7 @@ def test_folder_without_identity_says_how_to_enrol(tmp_path: Path) -> None:
 def test_damaged_enrolment_is_named(tmp_path: Path, authority: Authority, content: bytes) -> None:
     enrol(tmp_path, authority)
     (tmp_path / ENROLMENT).write_bytes(content)
-    with pytest.raises(TrustError, match=r"enrolment\.json: is damaged"):
+    with pytest.raises(TrustError, match=r"enrolment\.json': is damaged"):
         Identity.load(tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_certificate_for_another_key_is_refused(tmp_path: Path, authority: Autho
     identity = enrol(tmp_path, authority)
     (tmp_path / KEY).unlink()
     create_key(tmp_path)
-    with pytest.raises(TrustError, match=f"{identity.folder}: the certificate is not for the key in key.pem"):
+    with pytest.raises(TrustError, match=f"'{identity.folder}': the certificate is not for the key in key.pem"):
         Identity.load(tmp_path)
 
 

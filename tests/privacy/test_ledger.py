@@ -567,7 +567,7 @@ def test_clock_that_is_behind_the_newest_entry_is_refused(books: Books) -> None:
     first = run.reserve(1)
     books.now -= 1  # which is another hour
     for attempt in (lambda: run.reserve(2), lambda: run.settle(first), lambda: ledger.open_run(TERMS, SOME, None)):
-        with pytest.raises(DataError, match=r"ledger\.sqlite: .* 2027-01-15 08 h UTC.*clock is behind.*set the cl.*"
+        with pytest.raises(DataError, match=r"ledger\.sqlite': .* 2027-01-15 08 h UTC.*clock is behind.*set the cl.*"
                            "run `fedclip-silo budget --clock-was-wrong`"):  # fmt: skip
             attempt()
     assert kinds(ledger) == ["begin", "reserve"]
@@ -675,6 +675,6 @@ def test_ledger_that_was_rolled_back_is_found_by_its_receipts(books: Books) -> N
     ledger = books.open()
     ledger.check_receipts(heads[:1])
     with pytest.raises(
-        TrustError, match=r"ledger\.sqlite: lacks 1 of the entries.*receipts.*restore the newest backup"
+        TrustError, match=r"ledger\.sqlite': lacks 1 of the entries.*receipts.*restore the newest backup"
     ):
         ledger.check_receipts(heads)

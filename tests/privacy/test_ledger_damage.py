@@ -79,7 +79,7 @@ def edit(books: Books, *statements: str) -> None:
 )  # fmt: skip
 def test_edited_ledger_is_refused_with_the_entry_and_the_remedy(used: Books, statement: str, said: str) -> None:
     edit(used, statement)
-    refused(used, TrustError, rf"ledger\.sqlite: was edited.*{said}.*; restore the newest backup of the whole folder")
+    refused(used, TrustError, rf"ledger\.sqlite': was edited.*{said}.*; restore the newest backup of the whole folder")
 
 
 def test_two_sets_that_changed_places_are_found(used: Books) -> None:
@@ -128,18 +128,20 @@ def test_lost_key_is_not_replaced(used: Books) -> None:
 )
 def test_damaged_key_is_refused(used: Books, content: bytes, said: str) -> None:
     used.key.write_bytes(content)
-    refused(used, TrustError, rf"units\.key: {said}.*restore it")
+    refused(used, TrustError, rf"units\.key': {said}.*restore it")
 
 
 def test_key_that_others_may_read_is_refused(used: Books) -> None:
     used.key.chmod(0o640)
-    refused(used, TrustError, r"units\.key: others on this machine may read this key .*run `chmod 600")
+    refused(used, TrustError, r"units\.key': others here may read this key .*run `chmod 600")
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
 def test_lost_database_is_not_begun_anew(used: Books, damage: Callable[[Path], None]) -> None:
     damage(used.database)
-    refused(used, TrustError, r"ledger\.sqlite: is missing or empty, and .*units\.key shows that it was there; restore")
+    refused(
+        used, TrustError, r"ledger\.sqlite': is missing or empty, and .*units\.key shows that it was there; restore"
+    )
 
 
 # Damaged, foreign, newer
@@ -149,7 +151,7 @@ def test_lost_database_is_not_begun_anew(used: Books, damage: Callable[[Path], N
 def test_cut_file_is_refused_with_the_remedy(used: Books, part: float) -> None:
     whole = used.database.read_bytes()
     used.database.write_bytes(whole[: int(part * len(whole))])
-    refused(used, DataError, r"ledger\.sqlite: is damaged as the privacy ledger.*restore the newest backup")
+    refused(used, DataError, r"ledger\.sqlite': is damaged as the privacy ledger.*restore the newest backup")
 
 
 def _garbage(path: Path) -> None:
@@ -190,7 +192,7 @@ def test_file_that_is_no_ledger_is_refused_and_left_as_it_is(
 
 def test_newer_ledger_is_refused_and_not_put_down_as_damaged(used: Books) -> None:
     edit(used, "PRAGMA user_version = 2", "ALTER TABLE sets ADD COLUMN more")
-    refused(used, DataError, r"ledger\.sqlite: was written by a newer fedclip-silo; use that one$")
+    refused(used, DataError, r"ledger\.sqlite': was written by a newer fedclip-silo; use that one$")
 
 
 def test_ledger_with_a_trigger_in_it_is_refused(used: Books) -> None:

@@ -38,7 +38,7 @@ def _models(desk: Desk) -> tuple[tuple[bytes, bool], ...]:
 
 
 def _refused(desk: Desk) -> None:
-    with pytest.raises(TrustError, match=r"journal\.sqlite: does not match .*epoch: .*run `fedclip-silo recover`"):
+    with pytest.raises(TrustError, match=r"journal\.sqlite': does not match .*epoch: .*run `fedclip-silo recover`"):
         desk.open()
 
 
@@ -78,7 +78,7 @@ def test_damaged_file_is_refused_and_its_remedy_helps(desk: Desk, text: bytes) -
     desk.go(journal, *up_to(Stage.UPLOADED))
     journal.close()
     desk.epoch.write_bytes(text)
-    said = r"epoch: .*remove it and run `fedclip-silo recover`"
+    said = r"epoch': .*remove it and run `fedclip-silo recover`"
     with pytest.raises(DataError, match=said):
         desk.open()
     with pytest.raises(DataError, match=said):

@@ -225,7 +225,7 @@ def test_vector_that_is_not_as_it_was_drawn_is_lost(desk: Desk, damage: str) -> 
     else:
         path.write_bytes(changed[damage])
     assert journal.vector(drawn) is None
-    with pytest.raises(DataError, match=r"vectors: the vector of round 1 is lost"):
+    with pytest.raises(DataError, match=r"vectors': the vector of round 1 is lost"):
         journal.open_vector(drawn)
     journal.close()
 
@@ -338,7 +338,7 @@ def test_cut_journal_is_refused_with_the_remedy(desk: Desk, part: float) -> None
     whole = desk.database.read_bytes()
     desk.database.write_bytes(whole[: int(part * len(whole))])
     for _ in range(2):  # and the refusal leaves no lock behind
-        with pytest.raises(DamagedJournalError, match=r"journal\.sqlite: is damaged.*run `fedclip-silo recover`"):
+        with pytest.raises(DamagedJournalError, match=r"journal\.sqlite': is damaged.*run `fedclip-silo recover`"):
             desk.open()
     assert len(desk.database.read_bytes()) == int(part * len(whole))
 

@@ -216,7 +216,7 @@ def test_best_and_last_are_saved_with_cards_and_load_again(archive: Archive, tmp
 
 
 def test_missing_adapter_says_what_writes_it(archive: Archive, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"best\.safetensors: is missing; `fedclip-silo train` writes it"):
+    with pytest.raises(ConfigError, match=r"best\.safetensors': is missing; `fedclip-silo train` writes it"):
         load_adapter(tmp_path / "best.safetensors", archive.terms)
 
 

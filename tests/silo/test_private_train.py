@@ -322,7 +322,7 @@ def test_ledger_that_is_gone_with_its_note_is_missed_by_the_run_that_was_begun_w
     shutil.rmtree(ledger)
     note_of(labs.configs[name]).unlink()
     with pytest.raises(
-        TrustError, match=rf"^{ledger}: is gone, and the run of federation lung-xray was begun with it; put"
+        TrustError, match=rf"^'{ledger}': is gone, and the run of federation lung-xray was begun with it; put"
     ):
         begun(labs, name, 2)
     assert not ledger.exists()
@@ -340,7 +340,9 @@ def test_note_of_the_ledger_that_cannot_be_read_is_named(tmp_path: Path) -> None
     note = Path(labs.configs[name].workdir) / "ledger.json"
     for text in ("garbage", "[]", "{}", "\u1234"):
         note.write_text(text)
-        with pytest.raises(DataError, match=rf"^{note}: which ledger the run was begun with cannot be read; delete it"):
+        with pytest.raises(
+            DataError, match=rf"^'{note}': which ledger the run was begun with cannot be read; delete it"
+        ):
             begun(labs, name)
 
 
@@ -376,7 +378,7 @@ def test_every_command_that_reads_a_ledger_of_the_future_says_how_to_mend_it(tmp
     for told, code in zip(said, (0, 1, 0), strict=True):
         assert told.startswith(f"{code}\n"), told
         assert re.search(
-            r"ledger.sqlite: its newest entry is of 2036-.* UTC, and the clock is behind that; set the clock, or if "
+            r"ledger.sqlite': its newest entry is of 2036-.* UTC, and the clock is behind that; set the clock, or if "
             r"it was wrong when that was written, run `fedclip-silo budget --clock-was-wrong`", told
         )  # fmt: skip
     assert json.loads(command(labs, name, "budget", "--json").splitlines()[1])["lifetime"]["share"] == 0
@@ -708,7 +710,7 @@ def test_ledger_behind_a_link_is_found_to_be_restored_by_whichever_name(tmp_path
     shutil.copytree(backup, real)
     for config in (linked, plain.model_copy(update={"ledger": str(real)})):
         with pytest.raises(
-            TrustError, match=rf"^{real}/ledger.sqlite: lacks the entry that was written last.*restore the"
+            TrustError, match=rf"^'{real}/ledger.sqlite': lacks the entry that was written last.*restore the"
         ):
             open_ledger(config, labs.site.identities[name])
     note.rename(link.with_name("link.head"))  # as version 0.1 kept it
@@ -735,7 +737,7 @@ def test_budget_ends_a_run_that_will_never_be_finished(tmp_path: Path) -> None:
     labs, name = Labs.create(tmp_path), SILOS[0]
     said = command(labs, name, "budget", "--end", "lung-xray")
     assert (
-        said == f"1\nerror: {labs.configs[name].ledger}: there is no ledger; `ledger` in silo.yaml names it, and "
+        said == f"1\nerror: '{labs.configs[name].ledger}': there is no ledger; `ledger` in silo.yaml names it, and "
         "`train` begins it\n"
     )
     begun(labs, name, 1)

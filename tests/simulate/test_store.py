@@ -42,7 +42,7 @@ def test_a_damaged_file_is_told_of_and_counts_as_none(
     path = path_of(tmp_path, DIGEST)
     path.write_bytes(path.read_text().replace(whole, damaged, 1).encode("latin-1"))
     assert load(tmp_path, DIGEST) is None
-    assert f"{path}: is damaged; its cell is run again" in caplog.text
+    assert f"'{path}': is damaged; its cell is run again" in caplog.text
 
 
 def test_a_file_under_another_cells_name_counts_as_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -108,7 +108,7 @@ def test_earlier_adapter_is_continued(tower_plan: FederationPlan, home: Path) ->
 def test_a_personal_adapter_is_no_start_for_all(tower_plan: FederationPlan, home: Path) -> None:
     state = initial_state(prepare(tower_plan, home))
     (home / "earlier.safetensors").write_bytes(state.to_safetensors({"personal": "must not leave the house"}))
-    with pytest.raises(ConfigError, match=r"earlier\.safetensors: is one silo's personal adapter"):
+    with pytest.raises(ConfigError, match=r"earlier\.safetensors': is one silo's personal adapter"):
         prepare(tower_plan.model_copy(update={"initial": "earlier.safetensors"}), home)
 
 

@@ -65,14 +65,14 @@ def test_training_that_ran_away_leaves_what_was_kept(tmp_path: Path) -> None:
 def test_the_private_part_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "kept.safetensors"
     a_round(PrivateState(path, RUN), make_module(0), make_module(1))
-    with pytest.raises(DataError, match=r"kept\.safetensors: is of another run; remove it"):
+    with pytest.raises(DataError, match=r"kept\.safetensors': is of another run; remove it"):
         PrivateState(path, bytes([1] * 32))
 
 
 def test_a_damaged_file_is_named_and_stays(tmp_path: Path) -> None:
     path = tmp_path / "kept.safetensors"
     path.write_bytes(b"no tensors")
-    with pytest.raises(DataError, match=r"kept\.safetensors: is damaged.*begins anew"):
+    with pytest.raises(DataError, match=r"kept\.safetensors': is damaged.*begins anew"):
         PrivateState(path, RUN)
     assert path.exists()
 
@@ -81,5 +81,5 @@ def test_another_methods_private_part_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "kept.safetensors"
     a_round(PrivateState(path, RUN), make_module(0), make_module(1))
     wider = nn.ModuleDict({"shared": nn.Linear(3, 2), "local": nn.Linear(3, 5)})
-    with pytest.raises(ModelError, match=r"kept\.safetensors: parameter 'local\.weight'.*remove the file"):
+    with pytest.raises(ModelError, match=r"kept\.safetensors': parameter 'local\.weight'.*remove the file"):
         PrivateState(path, RUN).begin(wider, SPEC, read_shared(wider, SPEC))

@@ -128,7 +128,7 @@ def test_all_that_is_left_out_is_in_the_report_and_in_the_list(house: House) -> 
         ("gone.png", "a link to what is not there"),
         ("torn.png", "cannot be used"),
     ]
-    assert rows[4][2].endswith("torn.png: cannot be read as an image (not an image); replace it or move it away")
+    assert rows[4][2].endswith("torn.png': cannot be read as an image (not an image); replace it or move it away")
     assert [Path(said.splitlines()[0]).name for said in report.warnings()] == [
         "1 file(s) are no image and were left out (1 x .txt); move them away if they are not wanted",
         "1 file(s) are links to what is not there, or placeholders of what was not downloaded, and were left out; "
