@@ -54,6 +54,7 @@ _TAGS = (  # PS3.3: image pixel module (C.7.6.3), multi-frame (C.7.6.6), modalit
     "PerFrameFunctionalGroupsSequence",
     "PixelData",
 )
+_NEEDED = ("PhotometricInterpretation", "BitsAllocated", "Rows", "Columns")
 _BYTES = 24  # of a pixel while it is decoded: through float64, and what decoders hold besides
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom turns all of these into RGB
@@ -91,13 +92,12 @@ def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None, memory: 
         return Frame(Image.fromarray(pixels.astype(np.uint8, casting="safe")), frames)
     said = _transformation(file, frames // 2)
     grey = to_grey(_rescaled(pixels, said), path, _own_range(file, said) or window)
-    if kind == "MONOCHROME1":  # what lies below its window is white
-        return Frame(Image.fromarray(255 - grey.values).convert("RGB"), frames, grey.above, grey.below)
-    return Frame(Image.fromarray(grey.values).convert("RGB"), frames, grey.below, grey.above)
+    shown = grey.inverted() if kind == "MONOCHROME1" else grey
+    return Frame(Image.fromarray(shown.values).convert("RGB"), frames, shown.below, shown.above)
 
 
 def patient_of(path: Path) -> str | None:
-    """A file's PatientID without spaces around it (PS3.3, C.7.1.1), empty where there is none; no pixels are read.
+    """A file's PatientID without spaces around it (PS3.3, C.7.1.1), empty where none can be read; no pixels are.
 
     None where the file cannot be opened or parsed: such a one is left out where it is decoded.
 
@@ -109,11 +109,15 @@ def patient_of(path: Path) -> str | None:
     def parsed() -> str | None:
         with open_regular(path) as file:
             try:
-                return str(_parse(file, path, ("PatientID",)).get("PatientID") or "").strip()
+                data_set = _parse(file, path, ("PatientID",))
             except (ConfigError, OSError, MemoryError):
                 raise
             except Exception:  # pydicom raises whatever a broken file makes it raise
                 return None
+            try:
+                return str(data_set.get("PatientID") or "").strip()
+            except Exception:  # and whatever a broken element does
+                return ""
 
     try:
         return patiently(parsed)
@@ -149,12 +153,23 @@ def _parse(file: BinaryIO, path: Path, tags: Sequence[str]) -> Dataset:
 def _check(file: Dataset, path: Path) -> int:
     """Refuse by name what `read_dicom` does not cover, before anything large is decoded; the number of frames."""
     if "PixelData" not in file:
-        raise DataError(f"'{path}': has no pixel data; move it away")
+        raise DataError(
+            f"'{path}': has no pixels of integers, or is cut off before their end; copy it again, or move it away"
+        )
+    lacking = [tag for tag in _NEEDED if file.get(tag) in (None, "")]
+    if lacking:
+        raise DataError(f"'{path}': lacks {' and '.join(lacking)}; export it again")
     kind, bits = str(file.PhotometricInterpretation), int(file.BitsAllocated)
     if kind not in _GREY + _COLOUR:
         raise DataError(f"'{path}': photometric interpretation {kind} is not supported; export it as grey or RGB")
     if kind in _COLOUR and bits != 8:
         raise DataError(f"'{path}': is colour of {bits} bits a sample, and only 8 are read; export it with 8")
+    stored, highest = int(file.get("BitsStored") or bits), file.get("HighBit")
+    if highest is not None and int(highest) != stored - 1:  # pydicom takes the lowest bits
+        raise DataError(
+            f"'{path}': its values lie in the bits below {int(highest) + 1}, {stored} of them (HighBit, BitsStored), "
+            "which is not read; export it again"
+        )
     pixels = int(file.Rows) * int(file.Columns)
     if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
         raise DataError(f"'{path}': has {pixels} pixels, more than {Image.MAX_IMAGE_PIXELS}; scale it down")
@@ -170,9 +185,10 @@ def _pixels(file: Dataset, path: Path, frame: int) -> npt.NDArray[np.generic]:
     try:
         return pixel_array(file, index=frame)
     except Exception as error:  # each of pydicom's decoders raises its own kinds
+        remedy = "export it uncompressed" if syntax.is_compressed else "copy or export it again"
         raise DataError(
             f"'{path}': its pixels cannot be decoded (transfer syntax {syntax.name}: "
-            f"{' '.join(str(error).split()) or repr(error)}); export it uncompressed"
+            f"{' '.join(str(error).split()) or repr(error)}); {remedy}"
         ) from error
 
 

@@ -24,6 +24,7 @@ class ImageFacts:
     below: float  # what the plan's window made black; 0 where none is needed
     above: float  # white
     span: int  # from the darkest to the brightest pixels
+    deep_colour: bool  # colours, or grey with transparency, of more than 8 bits: the upper 8 are read
 
     @property
     def tiny(self) -> bool:
@@ -47,11 +48,17 @@ class ImageFacts:
 
 
 def facts_of(
-    image: Image.Image, frames: int, below: float = 0.0, above: float = 0.0, *, dicom: bool = False
+    image: Image.Image,
+    frames: int,
+    below: float = 0.0,
+    above: float = 0.0,
+    *,
+    dicom: bool = False,
+    deep_colour: bool = False,
 ) -> ImageFacts:
     """Look at a decoded RGB `image`."""
     spans = [_span(channel.histogram()) for channel in image.split()]
-    return ImageFacts(dicom, image.width, image.height, frames, below, above, max(spans))
+    return ImageFacts(dicom, image.width, image.height, frames, below, above, max(spans), deep_colour)
 
 
 def _span(histogram: list[int]) -> int:

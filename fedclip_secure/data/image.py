@@ -10,9 +10,9 @@ from enum import Enum, auto
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fedclip_secure.data.deep import is_deep, is_deep_colour, read_deep
 from fedclip_secure.data.dicom import DICOM_SUFFIXES, PREAMBLE, Frame, is_dicom, read_dicom
 from fedclip_secure.data.facts import ImageFacts, facts_of
 from fedclip_secure.data.room import DECODING
@@ -34,7 +34,6 @@ _UPRIGHT = {  # by orientation: what turns such an image upright (EXIF 2.32, 4.6
 }
 # What stands in a repository for a large file until it is fetched, and what fetches it.
 _POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
-_DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits per pixel
 _DEEP_BYTES, _PLAIN_BYTES, _CLEAR_BYTES = 24, 12, 20  # of a pixel at most, as measured: float64, RGB, transparency
 
 
@@ -132,7 +131,7 @@ def decode_image(data: bytes, path: Path, window: tuple[int, int] | None, memory
         if is_dicom(data) or path.suffix.lower() in DICOM_SUFFIXES:
             return _of_dicom(read_dicom(data, path, window, memory))
         with Image.open(io.BytesIO(data)) as stored:
-            return _decoded(stored, path, window, memory)
+            return _decoded(stored, data, path, window, memory)
     except (ConfigError, DataError, ImportError, MemoryError):  # the last two are no file's fault
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -149,16 +148,20 @@ def _of_dicom(frame: Frame) -> Decoded:
     return Decoded(frame.image, facts_of(frame.image, frame.frames, frame.below, frame.above, dicom=True))
 
 
-def _decoded(stored: Image.Image, path: Path, window: tuple[int, int] | None, memory: ExitStack) -> Decoded:
-    deep = stored.mode in _DEEP_MODES or stored.mode.startswith("I;")
+def _decoded(
+    stored: Image.Image, data: bytes, path: Path, window: tuple[int, int] | None, memory: ExitStack
+) -> Decoded:
+    deep, deep_colour = is_deep(stored), is_deep_colour(stored, data)
     each = _DEEP_BYTES if deep else _CLEAR_BYTES if stored.has_transparency_data else _PLAIN_BYTES
     memory.enter_context(DECODING.taken(each * stored.width * stored.height))
     if not deep:
         image = _upright(stored, _as_rgb(stored))
-        return Decoded(image, facts_of(image, _frames(stored)))
-    windowed = to_grey(np.asarray(stored), path, window)
-    image = _upright(stored, Image.fromarray(windowed.values).convert("RGB"))
-    return Decoded(image, facts_of(image, _frames(stored), windowed.below, windowed.above))
+        return Decoded(image, facts_of(image, _frames(stored), deep_colour=deep_colour))
+    read = read_deep(stored, data)
+    windowed = to_grey(read.values, path, window)
+    shown = windowed.inverted() if read.inverted else windowed
+    image = _upright(stored, Image.fromarray(shown.values).convert("RGB"))
+    return Decoded(image, facts_of(image, _frames(stored), shown.below, shown.above))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedclip_secure.data.classes import NAME_ABSENT, check_absent, composed, decomposed, near, some
 from fedclip_secure.data.dataset import ImageFile
+from fedclip_secure.data.image import named_as_picture
 from fedclip_secure.data.patients import unit_of, warn_of_likes
 from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError
@@ -92,8 +93,8 @@ def with_patients(
     lost = [place for place in places if place not in patients]
     if lost:
         raise DataError(
-            f"'{path}': names no patient for {len(lost)} image(s), first {lost[0]}; "
-            "add a row for each, for a patient's images must not be torn apart"
+            f"'{path}': names no patient for {len(lost)} of {len(places)} image(s), first '{lost[0]}'; add a row "
+            f"for each, with its path from '{root}' on, for a patient's images must not be torn apart"
         )
     warn_of_likes(path, patients.values(), normalise)
     units = [unit_of(patients[place], normalise) for place in places]
@@ -130,7 +131,7 @@ class _Header:
 
 def _rows(path: Path, root: Path, header: _Header) -> tuple[list[_Row], list[tuple[int, str]]]:
     """The well-formed rows, and what is wrong with the others, by line."""
-    rows, faults, seen = list[_Row](), list[tuple[int, str]](), dict[str, int]()
+    rows, faults, seen = list[_Row](), list[tuple[int, str]](), dict[str, tuple[int, str]]()
     lines = _read(path)
     first = next(lines, (1, []))[1]
     places = _places(path, first, header)
@@ -139,11 +140,14 @@ def _rows(path: Path, root: Path, header: _Header) -> tuple[list[_Row], list[tup
         if fault is None:
             named = {name: cells[place] for name, place in places.items()}
             where, fault = _where(root, named["path"])
+            label = composed(named.get("label", ""))
             if composed(where) in seen:
-                fault = f"path {named['path']!r} stands in line {seen[composed(where)]} already"
+                line_before, label_before = seen[composed(where)]
+                other = f", with label {label_before!r}" if label_before != label else ""
+                fault = f"path {named['path']!r} stands in line {line_before} already{other}"
             elif fault is None:
-                seen[composed(where)] = line
-                rows.append(_Row(line, where, composed(named.get("label", "")), named.get("patient", "")))
+                seen[composed(where)] = (line, label)
+                rows.append(_Row(line, where, label, named.get("patient", "")))
         if fault is not None:
             faults.append((line, fault))
     if not rows and not faults:
@@ -168,6 +172,8 @@ def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
             reader = csv.reader(stream, strict=True)
             try:
                 for cells in reader:
+                    if reader.line_num == 1 and any("\0" in cell for cell in cells):
+                        raise DataError(f"'{path}': is not UTF-8 (zero bytes, as UTF-16 has); export it as CSV UTF-8")
                     if cells:
                         yield reader.line_num, [cell.strip() for cell in cells]
             except csv.Error as error:
@@ -185,9 +191,12 @@ def _places(path: Path, header: list[str], wanted: _Header) -> dict[Column, int]
     must = {*wanted.needed, *wanted.named}
     lacking = [name for name in called if called[name] not in header and name in must]
     others = [name for name in header if name not in called.values()]
-    other = next((sign for sign in (";", "\t") if len(header) == 1 and sign in header[0]), None)
+    other = next((sign for sign in (";", "\t", "|") if len(header) == 1 and sign in header[0]), None)
     if other is not None:
         raise DataError(f"'{path}': its cells are separated by {other!r}, found {header[0][:100]}; export with commas")
+    if lacking and any(named_as_picture(cell) for cell in header):
+        names = ",".join(called.values())
+        raise DataError(f"'{path}': its first line names an image; write one with the columns above it: {names}")
     if lacking or twice:
         form = ",".join(called[name] for name in wanted.needed)
         form += "".join(f"[,{called[name]}]" for name in wanted.optional if name in called)

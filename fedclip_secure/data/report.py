@@ -25,22 +25,45 @@ _EQUALS = 3  # of a group of equal files that are named
 EXAMPLES = 10  # named for each finding; the list of what was left out has all
 
 
+def _line(group: Sequence[str]) -> str:
+    """The paths of a group; what ends lines in a file's name is shown as such."""
+    more = f" and {len(group) - _EQUALS} more" if len(group) > _EQUALS else ""
+    return " = ".join(group[:_EQUALS]).replace("\n", "\\n").replace("\r", "\\r") + more
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Something that was found in `count` images, or in so many files that are none.
 
-    `text` is one line with the remedy; `examples` are paths; where `refused`, `strict` ends the run over it.
+    `text` is one line with the remedy. `groups` are all of them, as paths; what is equal stands in one group. Where
+    `refused`, `strict` ends the run over it.
     """
 
     kind: str
     count: int
     text: str
-    examples: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
     refused: bool
 
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """The first of them, a line each."""
+        return tuple(_line(group) for group in self.groups[:EXAMPLES])
+
+    @property
+    def more(self) -> int:
+        """How many more there are than examples."""
+        return len(self.groups) - len(self.examples)
+
     def told(self) -> str:
-        """The text, and the examples below it."""
-        return "\n".join([self.text, *(f"  {one}" for one in self.examples)])
+        """The text, and the examples below it, each in one line."""
+        more = [f"  and {self.more} more, which {JSON} has"] * (self.more > 0)
+        return "\n".join([self.text, *(f"  {one}" for one in self.examples), *more])
+
+
+def each(paths: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Paths as groups of one."""
+    return tuple((path,) for path in paths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +209,7 @@ _REMEDIES = {
         True,
     ),
     Reason.SPECIAL: ("are pipes, sockets or devices and were left out", "move them away", True),
-    Reason.UNUSABLE: ("cannot be used and were left out", "replace them, or move them away", True),
+    Reason.UNUSABLE: ("cannot be used and were left out", "replace them, or take them out of the data", True),
 }
 
 
@@ -194,11 +217,11 @@ def why_left_out(left_out: Sequence[LeftOut]) -> Iterable[Finding]:
     """A finding for each reason."""
     for reason, (said, remedy, refused) in _REMEDIES.items():
         paths = [one.path for one in left_out if one.reason is reason]
-        told = [one.detail or one.path for one in left_out if one.reason is reason][:EXAMPLES]
+        told = [one.detail or one.path for one in left_out if one.reason is reason]
         if paths:
             what = f" ({kinds_of(paths)})" if reason is Reason.NO_IMAGE else ""
             text = f"{len(paths)} file(s) {said}{what}" + (f"; {remedy}" if remedy else "")
-            yield Finding(f"left out: {reason}", len(paths), text, tuple(told), refused)
+            yield Finding(f"left out: {reason}", len(paths), text, each(told), refused)
 
 
 def _doubles(seen: Seen) -> Iterable[Finding]:
@@ -221,13 +244,8 @@ def _doubles(seen: Seen) -> Iterable[Finding]:
         ("equal bytes under one label", mere, "each counts as often as it is there", False),
     ):
         if found:
-            count, first = sum(map(len, found)), tuple(_equal(seen.paths, group) for group in found[:EXAMPLES])
-            yield Finding(kind, count, f"{count} image(s): {kind}; {text}", first, refused)
-
-
-def _equal(paths: Sequence[str], group: Sequence[int]) -> str:
-    more = f" and {len(group) - _EQUALS} more" if len(group) > _EQUALS else ""
-    return " = ".join(paths[number] for number in group[:_EQUALS]) + more
+            count, equal = sum(map(len, found)), tuple(tuple(seen.paths[number] for number in group) for group in found)
+            yield Finding(kind, count, f"{count} image(s): {kind}; {text}", equal, refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +263,12 @@ _LOOKS = (
     _Look("of one colour, or nearly", lambda facts: facts.one_coloured, "they show nothing", True, True),
     _Look("clipped", lambda facts: facts.clipped, f"{CLIPPED:.0%} or more of what is not black is white", True, True),
     _Look("of little contrast", lambda facts: facts.of_little_contrast, "few levels of 255 are used", False, True),
+    _Look(
+        "of more than 8 bits in colour or beside transparency",
+        lambda facts: facts.deep_colour,
+        "the upper 8 are read, whatever the plan's window: save photographs with 8 bits, and scans as grey",
+        True,
+    ),
     _Look("tiny", lambda facts: facts.tiny, f"shorter side below {TINY} pixels: are they thumbnails?", True),
     _Look("of several frames", lambda facts: facts.frames > 1, "the first counts, of DICOM's the middle one", False),
 )
@@ -254,10 +278,14 @@ def _looks(seen: Seen) -> Iterable[Finding]:
     for look in _LOOKS:
         found = [path for path, facts in zip(seen.paths, seen.facts, strict=True) if look.is_so(facts)]
         if found:
-            share = f"{len(found)} of {len(seen.paths)} image(s) ({len(found) / len(seen.paths):.0%})"
+            share = f"{len(found)} of {len(seen.paths)} image(s) ({_percent(len(found), len(seen.paths))})"
             remedy = _mended(seen.window) if look.spoilt else ""
             text = f"{share} are {look.kind}; {look.said}{remedy}"
-            yield Finding(look.kind, len(found), text, tuple(found[:EXAMPLES]), look.refused)
+            yield Finding(look.kind, len(found), text, each(found), look.refused)
+
+
+def _percent(part: int, whole: int) -> str:
+    return "below 1%" if 200 * part < whole else f"{part / whole:.0%}"
 
 
 def _mended(window: tuple[int, int] | None) -> str:

@@ -27,11 +27,12 @@ _HOUSEKEEPING = frozenset({
     "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot", "$recycle.bin",
     "system volume information", "recycler", "recycled", "lost+found", "__macosx", "network trash folder",
     "temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "trashbox", "recycle bin", "@sharebin",
-    "thevolumesettingsfolder", "_vti_cnf", "dicomdir",
+    "thevolumesettingsfolder", "_vti_cnf", "_gsdata_", "lost.dir", "config.msi", "@synoresource", "@snapshot",
+    "$windows.~bt", "$windows.~ws", "msocache", "appledouble",
 })  # fmt: skip
-# Office's locks, QNAP's bins, what chkdsk found, and streams of Windows that became files of their own.
+# Office's locks, Synology's thumbnails, QNAP's bins, what chkdsk found, and streams of Windows that became files.
 _HOUSEKEEPING_LIKE = re.compile(
-    r"~\$|network recycle bin|found\.\d{3}$|.*:(zone\.identifier|encryptable)$", re.IGNORECASE
+    r"~\$|syno(photo|file)_thumb_|network recycle bin|found\.\d{3}$|.*:(zone\.identifier|encryptable)$", re.IGNORECASE
 )
 
 
@@ -42,6 +43,7 @@ class Walk:
     files: list[str] = field(default_factory=list)  # rising
     passed_over: list[str] = field(default_factory=list)  # hidden files and folders, and a system's own
     dangling: list[str] = field(default_factory=list)  # links to what is not there, or to themselves
+    folders: dict[tuple[int, int], str] = field(default_factory=dict)  # all that were looked at, by device and inode
     special: list[str] = field(default_factory=list)  # pipes, sockets, devices: reading one might never end
 
 
@@ -56,14 +58,14 @@ def walk(folder: Path) -> Walk:
     Raises:
         DataError: a folder cannot be listed, and which.
     """
-    found, seen = Walk(), set[tuple[int, int]]()
+    found = Walk()
     waiting = [str(folder)]
     while waiting:
         here = waiting.pop()
         status = looked_at(Path(here).stat, here)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in found.folders:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        found.folders[status.st_dev, status.st_ino] = here
         for entry in _entries(here):
             _take(entry, found, waiting)
     found.files.sort()
@@ -135,6 +137,8 @@ def _take(entry: os.DirEntry[str], found: Walk, waiting: list[str]) -> None:
         found.dangling.append(entry.path)  # what iCloud has not downloaded
     elif is_housekeeping(entry.name):
         found.passed_over.append(entry.path)
+    elif entry.name.lower() == "dicomdir" and _looked_up(entry) == "file":
+        found.passed_over.append(entry.path)  # of a medium: it lists the images beside it
     else:
         lists = {"folder": waiting, "file": found.files, "dangling": found.dangling, "special": found.special}
         lists[_looked_up(entry)].append(entry.path)

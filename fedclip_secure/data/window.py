@@ -19,6 +19,10 @@ class Windowed:
     below: float
     above: float
 
+    def inverted(self) -> Windowed:
+        """Of a picture whose highest values are black."""
+        return Windowed(255 - self.values, self.above, self.below)
+
 
 def to_grey(values: npt.NDArray[np.generic], path: Path, window: tuple[int, int] | None) -> Windowed:
     """Map `values` (H, W) from `window` [low, high] to 0..255, cut off at both ends.

@@ -23,10 +23,10 @@ _WAIT = 60.0  # seconds that another process's write is waited for
 # seconds. One that was modified so lately is not put into the index.
 _SETTLED_NS = 2_000_000_000
 # By the columns' names: a later version may have more of them.
-_FACTS_OF = "SELECT sha256, dicom, width, height, frames, below, above, span FROM facts WHERE decoding = ?"
+_FACTS_OF = "SELECT sha256, dicom, width, height, frames, below, above, span, deep_colour FROM facts WHERE decoding = ?"
 _ADD_FACTS = (
-    "INSERT OR REPLACE INTO facts (sha256, decoding, dicom, width, height, frames, below, above, span) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR REPLACE INTO facts (sha256, decoding, dicom, width, height, frames, below, above, span, deep_colour) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _PATIENTS_BY = "SELECT path, size, mtime_ns, unit, alike FROM patients WHERE normalise = ?"
 _ADD_PATIENTS = (
@@ -36,7 +36,7 @@ _TABLES = (
     "files (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB)",
     # What is seen of an image depends on its bytes and on how they are decoded.
     "facts (sha256 BLOB, decoding BLOB, dicom INTEGER, width INTEGER, height INTEGER, frames INTEGER, "
-    "below REAL, above REAL, span INTEGER, PRIMARY KEY (sha256, decoding))",
+    "below REAL, above REAL, span INTEGER, deep_colour INTEGER, PRIMARY KEY (sha256, decoding))",
     # Patients are kept as hashes alone. `alike`: without regard to case and zeros; both are empty without a patient.
     "patients (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, normalise TEXT, unit BLOB, alike BLOB)",
 )

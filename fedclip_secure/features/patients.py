@@ -15,7 +15,7 @@ from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.dicom import patient_of
 from fedclip_secure.data.image import FileKind, file_kinds
 from fedclip_secure.data.patients import alike, unit_of
-from fedclip_secure.data.report import EXAMPLES, Finding
+from fedclip_secure.data.report import EXAMPLES, Finding, each
 from fedclip_secure.data.walk import READERS, looked_at
 from fedclip_secure.errors import DataError
 from fedclip_secure.features.index import FileIndex, Patient
@@ -24,13 +24,13 @@ from fedclip_secure.names import Normalisation
 _AT_ONCE = 2048  # files between two writes of the index
 _NO_DICOM = (FileKind.PICTURE, FileKind.OTHER)
 _NOBODY = Patient(b"", b"")
-_OWN = "; give them one in a CSV file at `data.patients` in silo.yaml, or set `patients: none`"
 
 
 def with_dicom_patients(
     files: Sequence[ImageFile],
     index_file: Path,
     normalise: Collection[Normalisation],
+    otherwise: str,
     *,
     asked: bool,
     verify: bool = False,
@@ -38,8 +38,8 @@ def with_dicom_patients(
     """`files` with the units that their PatientID gives them, and what is strange; ids are compared as by `normalise`.
 
     `verify`: read them again, whatever the index says. A file without PatientID stays a unit of its own; where a
-    person `asked` for PatientIDs it is refused. DICOM that cannot be parsed is left out where it is decoded. Neither
-    names nor ids of patients are ever told.
+    person `asked` for PatientIDs it is refused; `otherwise` says how else they are named. DICOM that cannot be parsed
+    is left out where it is decoded. Neither names nor ids of patients are ever told.
 
     Raises:
         DataError: as said; the disk fails; or the index cannot be used.
@@ -56,12 +56,12 @@ def with_dicom_patients(
     if lost and asked:
         raise DataError(
             f"`data.patients: dicom` in silo.yaml: {len(lost)} of {len(files)} image(s) have no PatientID, first "
-            f"{', '.join(map(repr, lost[:EXAMPLES]))}{_OWN}"
+            f"{', '.join(map(repr, lost[:EXAMPLES]))}; {otherwise}"
         )
     named = [
         replace(file, unit=(patient and patient.unit) or None) for file, patient in zip(files, patients, strict=True)
     ]
-    return named, list(_findings(len(files), lost, patients))
+    return named, list(_findings(len(files), lost, patients, otherwise))
 
 
 def _patients(
@@ -93,25 +93,25 @@ def _read(path: Path, normalise: Collection[Normalisation]) -> tuple[os.stat_res
     return seen, Patient(unit, canonical.digest("fedclip/v1/patient-alike", alike(patient)))
 
 
-def _findings(files: int, lost: Sequence[str], patients: Sequence[Patient | None]) -> Iterator[Finding]:
+def _findings(files: int, lost: Sequence[str], patients: Sequence[Patient | None], otherwise: str) -> Iterator[Finding]:
     units = defaultdict[bytes, set[bytes]](set)
     for patient in patients:
         if patient and patient.unit:
             units[patient.alike].add(patient.unit)
     groups, named = sum(len(group) > 1 for group in units.values()), files - len(lost)
     if lost:
-        text = f"{len(lost)} of {files} DICOM file(s) have no PatientID and count as a patient each{_OWN}"
-        yield Finding("without PatientID", len(lost), text, tuple(lost[:EXAMPLES]), refused=True)
+        text = f"{len(lost)} of {files} DICOM file(s) have no PatientID and count as a patient each; {otherwise}"
+        yield Finding("without PatientID", len(lost), text, each(lost), refused=True)
     if len(units) == 1 and named > 1:
         text = (
             f"all {named} DICOM file(s) with a PatientID have the same one, and so fall into one split; if it stands "
-            f"for files that were made anonymous{_OWN}"
+            f"for files that were made anonymous, {otherwise}"
         )
         yield Finding("one PatientID for all", named, text, (), refused=True)
     if groups:
         text = (
-            f"{groups} group(s) of PatientIDs differ by case or leading zeros alone and count as different patients, "
-            "each with a privacy budget of its own; if they are the same, set data.patients.normalise in silo.yaml "
-            "before the first run"
+            f"{groups} group(s) of PatientIDs differ by case, encoding or leading zeros alone and count as different "
+            "patients, each with a privacy budget of its own; if they are the same, set data.patients.normalise in "
+            "silo.yaml before the first run"
         )
         yield Finding("PatientIDs that are alike", groups, text, (), refused=False)

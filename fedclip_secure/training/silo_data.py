@@ -19,7 +19,7 @@ from fedclip_secure.data.image import FileKind, file_kinds, named_as_picture
 from fedclip_secure.data.listing import LeftOut, Listing, Reason
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.data.page import EACH_CLASS, render_page, thumbnail
-from fedclip_secure.data.report import EXAMPLES, JSON, LEFT_OUT, PAGE, DataReport, Finding, Seen, make_report
+from fedclip_secure.data.report import JSON, LEFT_OUT, PAGE, DataReport, Finding, Seen, each, make_report
 from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.features.encoder import Encoder
@@ -103,12 +103,12 @@ def _listed(data: FolderData | ManifestData, plan: FederationPlan, index: Path, 
     kinds = [] if asked is False else file_kinds([str(file.path) for file in listing.files])
     dicom = [kind is FileKind.DICOM for kind in kinds if kind is not FileKind.CLOSED]
     if asked is None and any(dicom) and not all(dicom):
-        return _Listed(listing, None, [_some_dicom(sum(dicom), len(dicom))], undecided=True)
+        return _Listed(listing, None, [_some_dicom(sum(dicom), len(dicom), data)], undecided=True)
     if not asked and not any(dicom):
         return _Listed(listing, undecided=asked is None)
     _check_asked(data, plan)
     listing.files, strange = with_dicom_patients(
-        listing.files, index, data.patients.normalise, asked=asked is not None, verify=verify
+        listing.files, index, data.patients.normalise, _otherwise(data), asked=asked is not None, verify=verify
     )
     return _Listed(listing, "dicom", strange)
 
@@ -130,15 +130,20 @@ def _check_asked(data: FolderData | ManifestData, plan: FederationPlan) -> None:
         raise ConfigError(
             "silo.yaml: data.patients: the plan protects each patient, and only PatientID of DICOM names them; set "
             "`patients: dicom` if all files of a patient have the same one. If it is a pseudonym that changes with the "
-            "study, name the patients in a CSV file instead"
+            "study, name the patients by a list of your own instead"
         )
 
 
-def _some_dicom(dicom: int, files: int) -> Finding:
+def _otherwise(data: FolderData | ManifestData) -> str:
+    """How patients are named where PatientID does not."""
+    where = "a CSV file at `data.patients`" if isinstance(data, FolderData) else "a column `patient` of the manifest"
+    return f"name the patients of all images in {where}, or set `data.patients: none` in silo.yaml"
+
+
+def _some_dicom(dicom: int, files: int, data: FolderData | ManifestData) -> Finding:
     text = (
-        f"{dicom} of {files} images are DICOM, whose PatientID is not read as the others have none: each image counts "
-        "as a patient of its own; name the patients of all in a CSV file at `data.patients` in silo.yaml, or say "
-        "`patients: none`"
+        f"{dicom} of {files} images that were found are DICOM, whose PatientID is not read as the others have none: "
+        f"each image counts as a patient of its own; {_otherwise(data)}"
     )
     return Finding("PatientIDs that are not read", dicom, text, (), refused=True)
 
@@ -177,7 +182,7 @@ def _disguised(paths: Sequence[Path], facts: Sequence[ImageFacts]) -> Iterator[F
             f"{len(found)} image(s) are DICOM under the name of another format, and their PatientID is not read: "
             "rename them to .dcm, or name their patients in a CSV file at `data.patients` in silo.yaml"
         )
-        yield Finding("DICOM under another name", len(found), text, tuple(found[:EXAMPLES]), refused=True)
+        yield Finding("DICOM under another name", len(found), text, each(found), refused=True)
 
 
 def _write(workdir: Path, silo: str, report: DataReport, seen: Seen, window: tuple[int, int] | None) -> None:

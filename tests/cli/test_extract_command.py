@@ -75,7 +75,7 @@ def test_broken_image_is_left_out_listed_and_warned_of(lab: Lab) -> None:
     said = lab.extract()
     assert sum(sizes(said)) == 28
     assert "1 file(s) cannot be used and were left out" in said
-    assert f"  {broken}: cannot be read as an image (not an image)" in said
+    assert f"  '{broken}': cannot be read as an image (not an image)" in said
     listed = lab.folder / "work" / "left-out.csv"
     assert f"all that was left out: {listed}" in said
     assert listed.read_text().splitlines()[1].startswith(f"{broken},cannot be used,")

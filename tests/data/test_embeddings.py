@@ -88,7 +88,7 @@ def test_label_outside_the_files_classes_is_named_by_row(path: Path) -> None:
 
 def test_missing_array_is_named_with_those_there(path: Path) -> None:
     write(path, {"labels": LABELS}, ["dog", "cat"])
-    with pytest.raises(DataError, match="no array `features`; it holds labels"):
+    with pytest.raises(DataError, match="no array `features`, but labels"):
         read_embeddings(path, CLASSES, 4)
 
 

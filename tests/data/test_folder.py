@@ -62,7 +62,7 @@ def test_absent_class_that_the_plan_lacks_is_refused(root: Path) -> None:
 
 def test_empty_class_folder_is_named(root: Path) -> None:
     (root / "cow").mkdir()
-    with pytest.raises(DataError, match=r"cow: is empty; .*absent_classes"):
+    with pytest.raises(DataError, match=r"cow': is empty; .*absent_classes"):
         read_folder(root, (*CLASSES, "cow"))
 
 
@@ -94,6 +94,32 @@ def test_other_files_in_a_class_folder_are_left_out(root: Path) -> None:
     assert len(found.files) == 3
     assert found.left_out == [LeftOut(str(root / "cat" / name), Reason.NO_IMAGE) for name in ("notes.txt", "png")]
     assert kinds_of([one.path for one in found.left_out]) == "1 x .txt, 1 x without a known extension"
+
+
+@pytest.mark.parametrize("target", ["../dog", "..", "../dog/far"])
+def test_folder_that_a_link_puts_under_two_classes_is_refused(root: Path, target: str) -> None:
+    save(root / "dog/far/d.png")
+    (root / "cat/more").symlink_to(target)
+    with pytest.raises(
+        DataError, match=r"are one folder, by a link, and its images would count under two classes; remo"
+    ):
+        read_folder(root, CLASSES)
+
+
+def test_folder_of_a_system_is_a_class_where_the_plan_says_so_and_its_case_is_told(root: Path) -> None:
+    save(root / "recycled/a.png")
+    assert len(read_folder(root, (*CLASSES, "recycled")).files) == 4
+    (root / "recycled").rename(root / "Recycled")
+    with pytest.raises(DataError, match=r"'Recycled' \('Recycled' -> 'recycled'\?\)"):
+        read_folder(root, (*CLASSES, "recycled"))
+
+
+def test_folder_by_the_name_of_a_mediums_list_is_read_and_the_list_is_not(root: Path) -> None:
+    save(root / "cat/DICOMDIR/a.png")
+    save(root / "dog/a.png").rename(root / "dog/DICOMDIR")
+    found = read_folder(root, CLASSES)
+    assert [file.path.name for file in found.files].count("a.png") == 1
+    assert found.left_out == [LeftOut(str(root / "dog/DICOMDIR"), Reason.PASSED_OVER)]
 
 
 def test_linked_folder_is_read_and_a_loop_ends(root: Path) -> None:

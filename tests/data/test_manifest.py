@@ -67,14 +67,14 @@ def test_every_faulty_row_is_named_with_its_line(tmp_path: Path) -> None:
     assert str(caught.value).splitlines()[1:] == [
         "  line 3: has no path",
         "  line 4: label 'Dog' is no class of the plan ('Dog' -> 'dog'?)",
-        "  line 5: path './a.png' stands in line 2 already",
+        "  line 5: path './a.png' stands in line 2 already, with label 'cat'",
         "  line 6: has 2 cell(s), must have 3 (path,label,patient); quote text that holds commas",
         "  line 7: has no patient",
     ]
 
 
 def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"records\.csv: 12 row\(s\) cannot be used") as caught:
+    with pytest.raises(DataError, match=r"records\.csv': 12 row\(s\) cannot be used") as caught:
         read(tmp_path, "path,label\n" + "x.png\n" * 12)
     assert str(caught.value).count("line ") == 10
     assert str(caught.value).endswith("and 2 more")
@@ -84,8 +84,8 @@ def test_first_ten_of_many_faults_are_listed(tmp_path: Path) -> None:
     ("header", "match"),
     [
         ("", "found nothing"),
-        ("a.png,cat", r"must be path,label\[,patient\], separated by commas, found a\.png,cat"),
-        ("path;label", "its cells are separated by ';', found path;label; export it with commas"),
+        ("a.png,cat", "its first line names an image; write one with the columns above it: path,label,patient"),
+        ("path;label", "its cells are separated by ';', found path;label; export with commas"),
         ("path\tlabel", r"its cells are separated by '\\t', found path"),
         ("path", "found path"),
         ("path,label,path", "found path,label,path"),
@@ -138,7 +138,9 @@ def test_image_without_a_patient_is_named(tmp_path: Path) -> None:
     path = tmp_path / "patients.csv"
     path.write_text("path,patient\na.png,p\n")
     files = [ImageFile(tmp_path / name, 0) for name in ("a.png", "b.png", "c.png")]
-    with pytest.raises(DataError, match=r"names no patient for 2 image\(s\), first .*b\.png"):
+    with pytest.raises(
+        DataError, match=r"names no patient for 2 of 3 image\(s\), first .*b\.png.*with its path from '.*' on"
+    ):
         with_patients(files, path, tmp_path)
     path.write_text("path,label\na.png,cat\n")
     with pytest.raises(DataError, match="must be path,patient,"):

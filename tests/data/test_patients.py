@@ -7,7 +7,7 @@ import pytest
 
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.manifest import read_manifest, with_patients
-from fedclip_secure.data.patients import likes, normalised
+from fedclip_secure.data.patients import likes, normalised, unit_of
 from fedclip_secure.names import Normalisation
 
 BOTH: tuple[Normalisation, ...] = ("casefold", "strip_zeros")
@@ -51,6 +51,14 @@ def units(files: list[ImageFile]) -> list[bytes | None]:
     return [file.unit for file in files]
 
 
+@pytest.mark.parametrize("other", ["mu\u0308ller1", "MÜLLER1", "mü\u200bller1", "ｍüller1", "müller\ufeff1"])
+def test_letters_in_any_case_and_encoding_are_one_id_where_silo_yaml_says_so(other: str) -> None:
+    assert unit_of(other, ()) != unit_of("müller1", ())
+    assert likes(["müller1", other], ()) != []
+    assert unit_of(other, ["casefold"]) == unit_of("müller1", ["casefold"])
+    assert likes(["müller1", other], ["casefold"]) == []
+
+
 def test_patients_are_told_apart_as_they_are_written_and_the_log_names_likes_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -62,7 +70,7 @@ def test_patients_are_told_apart_as_they_are_written_and_the_log_names_likes_onc
     assert found[0] == found[2], "space around an id is never part of it"
     (said,) = caplog.messages
     assert said.startswith(
-        f"{path}: 1 group(s) of patients' ids differ by case or leading zeros alone ('P1' and 'p001')"
+        f"'{path}': 1 group(s) of patients' ids differ by case, encoding or leading zeros alone ('P1' and 'p001')"
     )
     assert "set data.patients.normalise in silo.yaml before the first run" in said
 

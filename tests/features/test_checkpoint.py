@@ -101,7 +101,7 @@ def test_openai_format_loads_without_its_extra_entries(
 
 
 def test_torchscript_is_refused_as_code(config: dict[str, Any], torchscript: Path) -> None:
-    with pytest.raises(ModelError, match=r"archive\.pt: is a TorchScript archive, which carries code"):
+    with pytest.raises(ModelError, match=r"archive\.pt': is a TorchScript archive, which carries code"):
         load_model(config, torchscript, "mine")
 
 

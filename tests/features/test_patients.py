@@ -20,6 +20,8 @@ from fedclip_secure.features.patients import with_dicom_patients
 from fedclip_secure.names import Normalisation
 from tests.data.test_dicom import dicom
 
+OTHERWISE = "set `patients: none`"
+
 
 def scans(folder: Path, *patients: str | None) -> list[ImageFile]:
     """A file for each id, an hour old; None: a file without the tag."""
@@ -43,11 +45,11 @@ def forget(path: Path) -> None:
 
 def read(files: list[ImageFile], *how: Normalisation, asked: bool = False) -> list[bytes | None]:
     index = files[0].path.parent / "work/files.sqlite"
-    return [file.unit for file in with_dicom_patients(files, index, how, asked=asked)[0]]
+    return [file.unit for file in with_dicom_patients(files, index, how, OTHERWISE, asked=asked)[0]]
 
 
 def said(files: list[ImageFile], *how: Normalisation) -> dict[str, str]:
-    _, findings = with_dicom_patients(files, files[0].path.parent / "work/files.sqlite", how, asked=False)
+    _, findings = with_dicom_patients(files, files[0].path.parent / "work/files.sqlite", how, OTHERWISE, asked=False)
     return {finding.kind: finding.text for finding in findings}
 
 
@@ -74,7 +76,7 @@ def test_ids_are_the_same_where_silo_yaml_says_so(tmp_path: Path) -> None:
     files = scans(tmp_path, "p001", "P1", "q")
     assert len(set(read(files))) == 3
     (text,) = said(files).values()
-    assert text.startswith("1 group(s) of PatientIDs differ by case or leading zeros alone")
+    assert text.startswith("1 group(s) of PatientIDs differ by case, encoding or leading zeros alone")
     assert "p001" not in text, "no id of a patient is told"
     assert len(set(read(files, "casefold", "strip_zeros"))) == 2
     assert not said(files, "casefold", "strip_zeros")
@@ -111,6 +113,16 @@ def test_file_that_cannot_be_read_ends_the_run_and_never_becomes_a_patient_of_it
     monkeypatch.setattr(walk, "PATIENCE", (0.0, 0.0))
     with pytest.raises(DataError, match=r"1\.dcm': cannot be read \(Stale file handle\); the disk or the share fails"):
         read(files)
+
+
+def test_id_that_cannot_be_parsed_is_one_that_is_not_there(tmp_path: Path) -> None:
+    files = scans(tmp_path, "p", "p")
+    path = files[0].path
+    tag = b"\x10\x00\x20\x00"
+    path.write_bytes(path.read_bytes().replace(tag + b"LO", tag + b"L\0"))
+    assert read(files) == [None, unit_of("p", ())]
+    with pytest.raises(DataError, match=r"1 of 2 image\(s\) have no PatientID, first '.*0\.dcm'; set `patients: none`"):
+        read(files, asked=True)
 
 
 def test_index_of_an_older_version_is_used(tmp_path: Path) -> None:

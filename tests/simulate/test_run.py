@@ -106,7 +106,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_one_table(
     damaged, *whole = before
     (out / "cells" / damaged).write_bytes(before[damaged][:300])
     results, fresh = run(path, out)
-    assert f"{damaged}: is damaged; its cell is run again" in caplog.text
+    assert f"{damaged}': is damaged; its cell is run again" in caplog.text
     assert (len(results.rows), len(fresh)) == (8, 8 - len(whole))
     assert all(row.answer.figures for row in results.rows)
     assert {name: before[name] for name in whole}.items() <= cells(out).items()

@@ -133,7 +133,7 @@ def test_all_that_is_left_out_is_in_the_report_and_in_the_list(house: House) -> 
         "1 file(s) are no image and were left out (1 x .txt); move them away if they are not wanted",
         "1 file(s) are links to what is not there, or placeholders of what was not downloaded, and were left out; "
         "restore or download what they name",
-        "1 file(s) cannot be used and were left out; replace them, or move them away",
+        "1 file(s) cannot be used and were left out; replace them, or take them out of the data",
     ]
 
 
@@ -263,8 +263,8 @@ def test_pictures_among_dicom_are_told_and_refused_where_patients_are_asked_of_d
     house.picture("cat/photo.png")
     report = house.report()
     assert report.patients is None
-    assert "48 of 49 images are DICOM, whose PatientID is not read" in report.warnings()[0]
-    with pytest.raises(DataError, match="48 of 49 images are DICOM"):
+    assert "48 of 49 images that were found are DICOM, whose PatientID is not read" in report.warnings()[0]
+    with pytest.raises(DataError, match="48 of 49 images that were found are DICOM"):
         house.read(strict=True)
     with pytest.raises(DataError, match=r"1 of 49 image\(s\) have no PatientID, first '.*photo\.png'"):
         house.read(patients="dicom")
