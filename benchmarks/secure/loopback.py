@@ -95,7 +95,7 @@ def _names(silos: int) -> tuple[str, ...]:
 def _enrol(site: Site, silo: str) -> None:
     """As over the network, but without it."""
     folder, authority = site.folder(silo), load_authority(site.home.authority_folder)
-    key, token = create_key(folder), Invitation.decode(invite(site.home, silo, valid=3600))
+    key, token = create_key(folder), Invitation.decode(invite(site.home, silo, valid=3600).token)
     request = EnrolRequest(token=token.secret, csr=signing_request(key, silo))
     store = site.home.store()
     answer = enrol(store, authority, "bench", request.encode(), time.time())

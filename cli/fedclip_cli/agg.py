@@ -163,11 +163,15 @@ def invite(silo: str, folder: Path, valid: str, token_only: bool) -> None:
 
     home = _own(folder)
     plan = home.plan()
-    token = make(home, silo, parse_duration(valid))
+    invited = make(home, silo, parse_duration(valid))
     if token_only:
-        click.echo(token)
+        click.echo(invited.token)
         return
-    out.print(f"token for {silo}, once, within {valid}:\n{token}", markup=False)
+    if invited.replaced:
+        out.print(f"the earlier token for {silo}, which was not used, is void", markup=False)
+    if invited.enrolled:
+        out.print(f"{silo} is enrolled: this one renews its certificate, and its key stays", markup=False)
+    out.print(f"token for {silo}, once, within {valid}:\n{invited.token}", markup=False)
     out.print(f"on the silo: fedclip-silo enroll {plan.server} --token TOKEN", markup=False)
 
 
@@ -208,7 +212,7 @@ def serve(folder: Path, listen: str | None) -> None:
         await start(home, host, port, say, stop)
 
     run(forever())
-    say("stopped; what was under way goes on with `fedclip-agg serve`")
+    say("stopped; `fedclip-agg serve` goes on from here")
 
 
 @main.command(epilog="Example: fedclip-agg status --dir lung-xray --json")

@@ -109,6 +109,8 @@ def enroll(url: str, token: str, path: Path, images: str, weights: str | None) -
         write_silo(path, name, images, weights)
         out.print(f"wrote {path} to start from", markup=False)
     left = f"set `data` in {path}; " if new and default else ""
+    if new and not default and not Path(config.data.path).is_dir():
+        out.print(f"'{config.data.path}': there is no such folder yet, and `data.path` names it", markup=False)
     out.print(f"enrolled as {identity.name}; certificate until {identity.not_after:%Y-%m-%d}", markup=False)
     out.print(f"fingerprint of this silo's key: {readable_fingerprint(spki_sha256(identity.key.public))}", markup=False)
     out.print(f"next: {left}when the coordinator has frozen the roster, run `fedclip-silo accept`", markup=False)

@@ -192,8 +192,17 @@ def renew_server_certificate(home: Home, authority: Authority, now: datetime) ->
     return f"the server's certificate {was}; made anew until {utc_time(renewed.not_valid_after_utc)}"
 
 
-def invite(home: Home, silo: str, valid: float) -> str:
-    """A one-time token for `silo`, valid for so many seconds; only its hash is kept.
+@dataclass(frozen=True, slots=True)
+class Invited:
+    """A one-time `token`; whether it `replaced` one that was not used; whether the silo has `enrolled` already."""
+
+    token: str
+    replaced: bool
+    enrolled: bool
+
+
+def invite(home: Home, silo: str, valid: float) -> Invited:
+    """Let `silo` enrol, or renew its certificate, within so many seconds; of the token only its hash is kept.
 
     Raises:
         TrustError: the roster is frozen and does not hold this silo.
@@ -204,10 +213,13 @@ def invite(home: Home, silo: str, valid: float) -> str:
         frozen = store.frozen()
         if frozen is not None and silo not in Roster.decode(frozen[1]).silos:
             raise TrustError(f"the roster is frozen without {silo}; start a new federation to add a silo")
-        store.add_invitation(silo, invitation.secret_hash(), time.time() + valid)
+        now = time.time()
+        replaced = silo in dict(store.open_invitations(now))
+        enrolled = silo in {member.silo for member in store.members()}
+        store.add_invitation(silo, invitation.secret_hash(), now + valid)
     finally:
         store.close()
-    return invitation.encode()
+    return Invited(invitation.encode(), replaced, enrolled)
 
 
 def freeze(home: Home) -> tuple[Contract, Roster, Terms]:

@@ -316,7 +316,12 @@ class Rounds:
 
     async def _confirm(self, live: LiveAttempt) -> None:
         """Until t silos have signed the result: only they can open the next round."""
-        await self.wait(lambda: len(live.session.results) >= self.terms.threshold, None)
+        session, enough, seconds = live.session, self.terms.threshold, self._seconds[Phase.UNMASK]
+        if not await self.wait(lambda: len(session.results) >= enough, seconds) and not self._stopping:
+            self._notes.missing(live, seconds)
+            there = f"{len(session.results)} of {enough} signatures on its result are there"
+            self._say(f"{self._name(live)}: {there}; waiting for {listed(sorted(session.missing()))}")
+            await self.wait(lambda: len(session.results) >= enough, None)
         live.close_phase()
         self._end(live, "done")
 

@@ -104,8 +104,11 @@ class DataReport:
         return [self.about_patients(), smallest, *(finding.told() for finding in self.findings)]
 
     def warnings(self) -> list[str]:
-        """What is wrong, each with some examples: what `strict` refuses."""
-        return [finding.told() for finding in self.findings if finding.refused]
+        """What is wrong, a line each: what `strict` refuses; and where its images are named, if there are images."""
+        wrong = [finding.text for finding in self.findings if finding.refused]
+        if wrong and self.contents:
+            wrong.append(f"which images these are: {PAGE} and {JSON} in the workdir")
+        return wrong
 
     def about_patients(self) -> str:
         """Who they are known by, and how many."""
@@ -129,7 +132,7 @@ class DataReport:
         Raises:
             DataError: one line for each finding, with its first examples.
         """
-        wrong = "\n".join(self.warnings())
+        wrong = "\n".join(finding.told() for finding in self.findings if finding.refused)
         if wrong:
             raise DataError(f"the data are not as `strict` asks; mend this, or leave `strict` out:\n{wrong}")
 

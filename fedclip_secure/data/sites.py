@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedclip_secure.data.classes import composed
-from fedclip_secure.data.walk import subfolders, walk
+from fedclip_secure.data.classes import composed, some
+from fedclip_secure.data.walk import is_housekeeping, subfolders, walk
 from fedclip_secure.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -20,7 +23,11 @@ def folders_in(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ConfigError(f"'{folder}': is not a folder")
-    return [folder / name for name in subfolders(folder)]
+    found = subfolders(folder)
+    ours = [name for name in found if is_housekeeping(name)]
+    if ours:
+        _log.warning("'%s': taken for a system's own and passed over: %s; rename what is not", folder, some(ours))
+    return [folder / name for name in found if name not in ours]
 
 
 def classes_in(sites: Sequence[Path]) -> dict[str, str]:

@@ -73,12 +73,12 @@ def walk(folder: Path) -> Walk:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders right below `folder`, rising, without a system's own.
+    """The names of the folders right below `folder`, rising, but for hidden ones.
 
     Raises:
         DataError: it cannot be listed; one of them is a link to what is not there.
     """
-    kinds = {entry.name: _looked_up(entry) for entry in _entries(str(folder)) if not is_housekeeping(entry.name)}
+    kinds = {entry.name: _looked_up(entry) for entry in _entries(str(folder)) if not entry.name.startswith(".")}
     gone = [name for name, kind in kinds.items() if kind == "dangling"]
     if gone:
         raise DataError(lost_link(folder / gone[0]))

@@ -154,7 +154,7 @@ def _enrol(options: Options, home: Home, contract: Contract, scene: Scene, site:
     folder = _folder(options.out, site)
     folder.mkdir(parents=True)
     write_config(folder / "silo.yaml", _config(options, scene, site))
-    token = invite(home, site.silo, _INVITATION)
+    token = invite(home, site.silo, _INVITATION).token
     asyncio.run(enroll(contract.plan.server, token, folder / "identity", lambda *_: None))
 
 

@@ -242,7 +242,7 @@ def about_ledger(config: SiloConfig, identity: Identity, offer: Accepted) -> tup
 def _about(config: SiloConfig, ledger: Ledger | None) -> list[str]:
     remembered = ledger.remembered() if ledger else None
     if ledger is None or remembered is None:
-        return [f"begins a new ledger at {ledger_folder(config)}; nothing spent before is remembered"]
+        return [f"`train` begins a new ledger at '{ledger_folder(config)}'; nothing spent before is remembered"]
     return [f"ledger {ledger_folder(config)}: {remembered}", *ledger.warnings(cap_of(config.policy))]
 
 

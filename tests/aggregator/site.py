@@ -141,7 +141,7 @@ class Site:
         return site
 
     def token(self, name: str, valid: float = 3600) -> Invitation:
-        return Invitation.decode(invite(self.home, name, valid))
+        return Invitation.decode(invite(self.home, name, valid).token)
 
     def enrol(self, name: str, folder: str = "") -> Identity:
         """As over the network, but without it."""

@@ -24,6 +24,24 @@ def test_an_accuser_whose_accused_is_gone_is_needed_after_all(tmp_path: Path) ->
     assert averaged(site) == [others(site)]
 
 
+def test_who_keeps_a_result_from_being_signed_is_said(tmp_path: Path) -> None:
+    """Its workdir may have become read-only: the others wait for it, and the coordinator must know for whom."""
+    site = Site.frozen(tmp_path, 3, deadlines=dict.fromkeys(("join", "share", "upload", "agree", "unmask"), 5))
+    gate = Gate("results")
+
+    async def among() -> None:
+        async with site.serving(), silos_of(site) as silos:
+            silos.start(*NAMES[:2])
+            silos.start(NAMES[2], before=gate)
+            said = "round 1 of 1, attempt 1: 2 of 3 signatures on its result are there; waiting for lab-c"
+            await until(lambda: said in site.said)
+            gate.opened.set()
+            await silos.done()
+
+    asyncio.run(among())
+    assert site.status().state == "finished"
+
+
 class Abandoning(Runner):
     """Started with `--abandon-round 1`."""
 

@@ -155,6 +155,13 @@ def test_invited_silos_are_listed_and_tokens_are_not_kept(home: Path) -> None:
         assert not path.is_file() or token.encode() not in path.read_bytes()
 
 
+def test_a_second_token_says_that_the_first_is_void(home: Path) -> None:
+    said = "the earlier token for st-marys, which was not used, is void"
+    assert said not in run("invite", "st-marys", "--dir", str(home)).output
+    assert run("invite", "st-marys", "--dir", str(home)).output.startswith(said)
+    assert len(run("invite", "st-marys", "--dir", str(home), "--token-only").output.split()) == 1
+
+
 def test_freeze_before_prepare_says_what_to_run(home: Path) -> None:
     refused("federation.lock: is missing; run `fedclip-agg prepare`", "freeze", "--dir", str(home))
 

@@ -32,6 +32,16 @@ def test_a_site_or_class_on_a_share_that_is_not_mounted_is_named_and_never_count
         absent_classes(folders_in(tmp_path)[0], ["cow", "dog"])
 
 
+def test_a_folder_that_is_taken_for_a_systems_own_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in ("a/recycled", "a/dog", "a/.git"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert classes_in(folders_in(tmp_path)) == {"dog": "dog"}
+    assert (
+        f"'{tmp_path / 'a'}': taken for a system's own and passed over: 'recycled'; rename what is not" in caplog.text
+    )
+    assert ".git" not in caplog.text
+
+
 def test_a_silos_name_is_one_that_certificates_take() -> None:
     assert [silo_name(site) for site in ("St. Mary's", "oak", "--A_b--")] == ["st-mary-s", "oak", "a-b"]
     assert silo_name("病院").startswith("site-")

@@ -656,7 +656,7 @@ def test_train_says_which_ledger_it_writes_into_and_what_that_remembers(tmp_path
     second.configs[name] = second.configs[name].model_copy(update={"ledger": ledger})
     for labs in (first, second):
         labs.run(**{silo.replace("-", "_"): {"say": copy_then_stop_at_one} for silo in SILOS})
-    new = f"{name}: begins a new ledger at {ledger}; nothing spent before is remembered"
+    new = f"{name}: `train` begins a new ledger at '{ledger}'; nothing spent before is remembered"
     assert new in first.heard[name]
     assert new not in second.heard[name]
     (known,) = (line for line in second.heard[name] if "it remembers" in line)
@@ -675,7 +675,7 @@ def test_accept_says_which_ledger_before_a_person_consents(tmp_path: Path) -> No
             return await asyncio.to_thread(command, labs, name, "accept", "--yes")
 
     said = asyncio.run(accept())
-    assert f"begins a new ledger at {labs.configs[name].ledger}; nothing spent before is remembered" in said
+    assert f"`train` begins a new ledger at '{labs.configs[name].ledger}'; nothing spent before is remembered" in said
     assert not Path(labs.configs[name].ledger).exists(), "it is begun by a run"
     account = Account.opened(labs.configs[name], labs.site.identities[name], labs.accepted)
     account.begin(unit_ids_of(labs, name), changed_data=False)
