@@ -131,7 +131,7 @@ def set_scene(options: Options) -> Scene:
         return _scene(options, folder, options.unseen or UNSEEN, dict(synthetic.CLASSES), "a micrograph of {}")
     classes = classes_in(folders_in(options.data))
     if len(classes) < 2:
-        raise ConfigError(f"{options.data}: holds no DIR/<site>/<class>/ folders of at least 2 classes")
+        raise ConfigError(f"'{options.data}': holds no DIR/<site>/<class>/ folders of at least 2 classes")
     return _scene(options, options.data, options.unseen, classes, "a picture of a {}")
 
 

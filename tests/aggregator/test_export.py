@@ -105,9 +105,14 @@ def test_a_model_that_is_lost_or_another_is_refused(made: Run) -> None:
     made.finish(1, 0, 1)
     path = made.home.store().blobs.model_path(made.models[1].digest)
     made.models[2].to_file(path)
-    refused("is not the model of its name; restore the coordinator's state", "export", "--dir", str(made.home.folder))
+    refused(
+        "is not the model of its name; restore `state/` as the server last left it",
+        "export",
+        "--dir",
+        str(made.home.folder),
+    )
     path.unlink()
-    refused("cannot be read .*restore the coordinator's state", "export", "--dir", str(made.home.folder))
+    refused("cannot be read .*restore `state/` as the server last left it", "export", "--dir", str(made.home.folder))
     assert not (made.home.folder / "export").exists()
 
 

@@ -62,7 +62,7 @@ def test_sites_whose_names_would_be_one_in_a_certificate_are_told(tmp_path: Path
 def test_data_that_holds_no_sites_is_told(tmp_path: Path, layout: str) -> None:
     if layout == "nothing":
         (tmp_path / "data").mkdir()
-    with pytest.raises(ConfigError, match=r"data: (holds no DIR/<site>/<class>/|is not a folder)"):
+    with pytest.raises(ConfigError, match=r"data': (holds no DIR/<site>/<class>/|is not a folder)"):
         set_scene(Options(out=tmp_path, data=tmp_path / "data"))
 
 

@@ -257,7 +257,7 @@ def test_facts_are_read_as_they_were_written(tmp_path: Path, personal: dict[str,
 def test_a_damaged_card_is_named(tmp_path: Path, text: str) -> None:
     state = AdapterState(Layout((("w", (2,)),)), np.array([1.0, 2.0], dtype=np.float32))
     (tmp_path / "best.json").write_text(text)
-    with pytest.raises(DataError, match=r"best\.json: (cannot be read as an adapter's card|is the card of another)"):
+    with pytest.raises(DataError, match=r"best\.json': (cannot be read as an adapter's card|is the card of another)"):
         read_facts(tmp_path / "best.safetensors", state)
 
 

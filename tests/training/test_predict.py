@@ -56,7 +56,7 @@ def test_images_are_found_at_any_depth_each_once_in_order(tmp_path: Path) -> Non
         ("notes.txt", Reason.NO_IMAGE),
         (".hidden.png", Reason.PASSED_OVER),
     ]
-    with pytest.raises(DataError, match="nothing: is no file and no folder"):
+    with pytest.raises(DataError, match="nothing': is no file and no folder"):
         find_images([tmp_path, tmp_path / "nothing"])
 
 
