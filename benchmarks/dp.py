@@ -36,13 +36,13 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.registry import find_method
-from fedclip_secure.training.clipping import clipped_sum
-from fedclip_secure.training.dp import PrivateTrainer, system_coins
-from fedclip_secure.training.gaussian import GaussianMechanism
-from fedclip_secure.training.linear import find_layers, layer_gradients
-from fedclip_secure.training.local import make_optimizer
-from fedclip_secure.training.poisson import draw_members
-from fedclip_secure.training.records import load_records
+from fedclip_secure.training.device_records import load_records
+from fedclip_secure.training.local_training import make_optimizer
+from fedclip_secure.training.private.clipping import clipped_sum
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer, system_coins
+from fedclip_secure.training.private.gaussian import GaussianMechanism
+from fedclip_secure.training.private.linear_layers import find_layers, layer_gradients
+from fedclip_secure.training.private.poisson import draw_members
 
 DIM, CLASSES = 512, 7
 TURNS = {64: 60, 512: 40}  # batch size: steps of each kind

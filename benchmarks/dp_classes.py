@@ -38,11 +38,11 @@ from dp_utility import METHODS, SHIPPED, Sites, federated, joined, plan_of, site
 
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.data.dataset import FeatureSet, Task
+from fedclip_secure.data.drawn.labs import CLASSES
 from fedclip_secure.data.embeddings import read_text_features
-from fedclip_secure.data.synthetic import CLASSES
-from fedclip_secure.demo.scene import Scene
+from fedclip_secure.demo.labs import Scene
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.evaluate import Evaluation, evaluate
+from fedclip_secure.training.evaluation.evaluate import Evaluation, evaluate
 from fedclip_secure.training.inputs import Inputs
 from fedclip_secure.training.prepare import prepare
 

@@ -32,14 +32,14 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import FolderData, SiloConfig
 from fedclip_secure.data.dataset import FeatureSet, Task
-from fedclip_secure.demo.scene import Options, Scene, set_scene
+from fedclip_secure.demo.labs import Options, Scene, set_scene
 from fedclip_secure.model.state import AdapterState, Layout
-from fedclip_secure.training.dp import PrivateTrainer
-from fedclip_secure.training.evaluate import evaluate
+from fedclip_secure.training.evaluation.evaluate import evaluate
 from fedclip_secure.training.inputs import Inputs, load_inputs
-from fedclip_secure.training.local import LocalTrainer
+from fedclip_secure.training.local_training import LocalTrainer
 from fedclip_secure.training.prepare import Prepared, prepare
-from fedclip_secure.training.units import unit_ids
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer
+from fedclip_secure.training.private.units import unit_ids
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0, float("inf"))
 ROUNDS = 20

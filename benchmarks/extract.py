@@ -33,7 +33,7 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data.dataset import ImageFile
 from fedclip_secure.data.image import load_image
-from fedclip_secure.features.batch import batch_size
+from fedclip_secure.features.batch_size import batch_size
 from fedclip_secure.features.encoder import Encoder, load_encoder, resolve
 from fedclip_secure.features.extract import ExtractOptions, extract
 from fedclip_secure.features.progress import Progress

@@ -47,8 +47,8 @@ from fedclip_secure.features.extract import ExtractOptions, extract
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.training.inputs import Inputs
-from fedclip_secure.training.local import LocalTrainer, make_optimizer
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.local_training import LocalTrainer, make_optimizer
+from fedclip_secure.training.shared_parameters import read_shared
 
 ROUNDS, BATCH, TURN = 200, 32, 3  # TURN: batches of the original in each of two measurements
 TARGET = 100.0  # times as fast, at least

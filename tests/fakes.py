@@ -12,8 +12,8 @@ from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Asked
 from fedclip_secure.secagg.messages import ServerAd, sign_message
-from fedclip_secure.secagg.opening import Opening, Position, check_opening
-from fedclip_secure.secagg.outcome import Outcome
+from fedclip_secure.secagg.next_model import Outcome
+from fedclip_secure.secagg.opening_checks import Opening, Position, check_opening
 from fedclip_secure.secagg.ring import FixedPoint, VectorLayout, Words
 from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession

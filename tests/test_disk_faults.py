@@ -36,33 +36,33 @@ from fedclip_secure.config.silo import FolderData, SiloConfig, read_silo, write_
 from fedclip_secure.config.yaml12 import replace_scalar
 from fedclip_secure.data import embeddings, walk
 from fedclip_secure.data.dicom import patient_of
+from fedclip_secure.data.drawn.labs import write_lab
 from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import FileKind, file_kinds, load_image
 from fedclip_secure.data.manifest import read_manifest
-from fedclip_secure.data.synthetic import write_lab
 from fedclip_secure.disk import Meaning, check_disk, is_damage, meaning_of
 from fedclip_secure.errors import FedClipError
 from fedclip_secure.export import folder as export_folder
-from fedclip_secure.export.facts import read_facts
+from fedclip_secure.export.adapter_facts import read_facts
 from fedclip_secure.features import clip, vision_only
 from fedclip_secure.features.cache import FeatureCache
 from fedclip_secure.features.checkpoint import sha256_of
 from fedclip_secure.features.index import FileIndex
 from fedclip_secure.files import make_folder, write_atomically, write_output
 from fedclip_secure.pki.authority import load_authority
-from fedclip_secure.pki.epoch import Epoch, lock_epoch
+from fedclip_secure.pki.epoch_file import Epoch, lock_epoch
 from fedclip_secure.pki.identity import Identity
-from fedclip_secure.privacy.ledger_file import LedgerFile
-from fedclip_secure.privacy.units import load_key
-from fedclip_secure.silo import account
-from fedclip_secure.silo.outcome import load_adapter, read_models
-from fedclip_secure.silo.pins import Accepted, load_accepted
+from fedclip_secure.privacy.ledger.storage import LedgerFile
+from fedclip_secure.privacy.ledger.unit_sets import load_key
+from fedclip_secure.silo.accepted import Accepted, load_accepted
 from fedclip_secure.silo.receipts import read_receipts
 from fedclip_secure.silo.report import load_audit
+from fedclip_secure.silo.run import privacy_account
+from fedclip_secure.silo.run.final_models import load_adapter, read_models
 from fedclip_secure.simulate.store import load, path_of
 from fedclip_secure.training import prepare
-from fedclip_secure.training.private_state import PrivateState
 from fedclip_secure.training.silo_data import _holds
+from fedclip_secure.training.unshared_state import PrivateState
 from fedclip_secure.transport.bodies import Sink
 from fedclip_secure.transport.client import Client
 from fedclip_secure.transport.tls import client_context, server_context
@@ -217,7 +217,7 @@ READS = [
         lambda disk: disk.home.authority_folder / "authority-key.pem",
         lambda disk, _: load_authority(disk.home.authority_folder),
     ),
-    Place("epoch file", "pki/epoch.py", lambda disk: disk.silo.epoch_path, lambda _, path: Epoch.load(path)),
+    Place("epoch file", "pki/epoch_file.py", lambda disk: disk.silo.epoch_path, lambda _, path: Epoch.load(path)),
     Place("silo.yaml", "config/yaml12.py", lambda disk: disk.yaml, lambda _, path: read_silo(path)),
     Place(
         "silo.yaml, to pin", "config/yaml12.py", lambda disk: disk.yaml, lambda _, path: replace_scalar(path, "a", "b")
@@ -230,7 +230,7 @@ READS = [
         lambda disk: disk.home.initial_path,
         lambda disk, _: agg_home._locked_files(disk.home, disk.site.contract),
     ),
-    Place("contract", "silo/pins.py", _file("work/contract.cbor"), lambda disk, _: disk.accepted),
+    Place("contract", "silo/accepted.py", _file("work/contract.cbor"), lambda disk, _: disk.accepted),
     Place(
         "audit",
         "silo/report.py",
@@ -239,14 +239,19 @@ READS = [
     ),
     Place(
         "note of the ledger",
-        "silo/account.py",
+        "silo/run/privacy_account.py",
         _file("work/ledger.json"),
-        lambda disk, _: account.begun_with(disk.config, Accepted(None, None)),  # type: ignore[arg-type]
+        lambda disk, _: privacy_account.begun_with(disk.config, Accepted(None, None)),  # type: ignore[arg-type]
     ),
-    Place("newest entry", "silo/account.py", _file("ledger.head"), lambda _, path: account._noted(path)),
+    Place(
+        "newest entry",
+        "silo/run/privacy_account.py",
+        _file("ledger.head"),
+        lambda _, path: privacy_account._noted(path),
+    ),
     Place(
         "models",
-        "silo/outcome.py",
+        "silo/run/final_models.py",
         _file("work/adapters/models.json"),
         lambda disk, path: read_models(path.parent, disk.site.contract),
     ),
@@ -258,13 +263,13 @@ READS = [
     ),
     Place(
         "card of an adapter",
-        "export/facts.py",
+        "export/adapter_facts.py",
         _file("work/adapters/best.json"),
         lambda disk, path: read_facts(path.with_suffix(".safetensors"), disk.state),
     ),
     Place(
         "private part",
-        "training/private_state.py",
+        "training/unshared_state.py",
         _file("work/private/run.safetensors"),
         lambda _, path: PrivateState(path, b"run"),
     ),
@@ -300,7 +305,7 @@ READS = [
     Place("manifest", "data/manifest.py", _file("r.csv"), lambda _, path: read_manifest(path, path.parent, ["a"])),
     Place("features", "data/embeddings.py", _file("features.npz"), lambda _, path: embeddings._read(path)),
     Place("features", "data/embeddings.py", _file("f.safetensors"), lambda _, path: embeddings._read(path)),
-    Place("key of the ledger", "privacy/units.py", _file("units.key"), lambda _, path: load_key(path)),
+    Place("key of the ledger", "privacy/ledger/unit_sets.py", _file("units.key"), lambda _, path: load_key(path)),
     Place("report of a silo", "aggregator/report.py", _file("report.json"), lambda _, path: agg_report._read(path)),
     Place(
         "report to verify",
@@ -327,7 +332,7 @@ READS = [
         lambda disk, _: disk.store.blobs.copy_model(disk.model, bytes.fromhex(disk.site.contract.lock.initial_file)),
     ),
     Place("text features", "export/folder.py", _file("t.safetensors"), lambda _, path: export_folder._sha256(path)),
-    Place("drawn vector", "silo/vectors.py", _drawn_vector, _open_vector),
+    Place("drawn vector", "silo/run/vectors.py", _drawn_vector, _open_vector),
     Place("finished cell", "simulate/store.py", _cell, lambda disk, _: load(disk.folder, "ab")),
 ]
 WRITES = [
@@ -338,7 +343,7 @@ WRITES = [
     Place("body", "transport/bodies.py", lambda disk: disk.folder / "body", _sink),
     Place(
         "drawn images",
-        "data/synthetic.py",
+        "data/drawn/labs.py",
         lambda disk: disk.folder / "birch",
         lambda _, path: write_lab(path, "birch", 0),
     ),
@@ -370,7 +375,7 @@ WRITES = [
     ),
 ]
 DATABASES = [
-    Place("journal", "silo/journal.py", lambda disk: disk.desk.database, lambda disk, _: disk.desk.open().close()),
+    Place("journal", "silo/run/journal.py", lambda disk: disk.desk.database, lambda disk, _: disk.desk.open().close()),
     Place(
         "receipts",
         "silo/receipts.py",
@@ -379,7 +384,7 @@ DATABASES = [
     ),
     Place(
         "ledger",
-        "privacy/ledger_file.py",
+        "privacy/ledger/storage.py",
         lambda disk: disk.folder / "ledger" / "ledger.sqlite",
         lambda _, path: LedgerFile(path.parent).close(),
     ),
@@ -402,15 +407,15 @@ ELSEWHERE = {
     "aggregator/app.py": "the answer is 503, and the log has the message: tests/aggregator/test_server_process.py",
     "aggregator/attempt.py": "as in app.py, which calls it",
     "aggregator/serve.py": "looks after its certificate and runs on: tests/aggregator/test_server_certificate.py",
-    "silo/recovery.py": "renames in the folder whose journal it has just read",
-    "simulate/sources.py": "renames what data/synthetic.py has just written",
-    "silo/link.py": "maps what has just been downloaded: tests/silo/test_link.py",
-    "privacy/software.py": "reads the package's own code",
-    "simulate/cells.py": "reads the package's own code",
-    "data/room.py": "what a container may use; all of the memory where the system does not say",
+    "silo/run/recovery.py": "renames in the folder whose journal it has just read",
+    "simulate/sources.py": "renames what data/drawn/labs.py has just written",
+    "silo/run/link.py": "maps what has just been downloaded: tests/silo/test_link.py",
+    "privacy/report/software.py": "reads the package's own code",
+    "simulate/experiment_cells.py": "reads the package's own code",
+    "data/decoding_memory.py": "what a container may use; all of the memory where the system does not say",
     "data/dataset.py": "maps a file of its own without a name",
-    "demo/conduct.py": "a new folder of the demo's own; the command line tells what the system says",
-    "demo/crew.py": "a new folder of the demo's own; the command line tells what the system says",
+    "demo/steps.py": "a new folder of the demo's own; the command line tells what the system says",
+    "demo/processes.py": "a new folder of the demo's own; the command line tells what the system says",
     "demo/reports.py": "a new folder of the demo's own; the command line tells what the system says",
 }
 

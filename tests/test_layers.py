@@ -29,11 +29,11 @@ FORBIDDEN = {"aggregator": {"features", "methods", "training"}, "silo": {"aggreg
 # A generator that is not the system's, and where it may stand: it decides no noise, mask or key there.
 GENERATORS = {
     "transport/client.py": "jitter between two tries",
-    "data/drawings.py": "the demo's pictures",
-    "data/looks.py": "the demo's pictures",
-    "data/synthetic.py": "the demo's pictures",
+    "data/drawn/drawings.py": "the demo's pictures",
+    "data/drawn/staining.py": "the demo's pictures",
+    "data/drawn/labs.py": "the demo's pictures",
     "methods/fedapt.py": "the domains' public keys, which the plan's seed decides",
-    "export/inside.py": "the same keys, in the text of an exported program",
+    "export/encoder_examples.py": "the same keys, in the text of an exported program",
     "simulate/partition.py": "which simulated silo holds which record",
 }
 
@@ -119,7 +119,7 @@ def test_importing_loads_no_torch(modules: str) -> None:
     "modules",
     [
         ["fedclip_secure.aggregator.serve", "fedclip_cli.agg"],
-        ["fedclip_secure.silo.train", "fedclip_cli.silo", "fedclip_cli.privacy"],
+        ["fedclip_secure.silo.run.train", "fedclip_cli.silo", "fedclip_cli.privacy"],
     ],
     ids=["serve", "train"],
 )

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from fedclip_secure.data.drawings import draw
-from fedclip_secure.data.looks import Look, random_look, render
-from fedclip_secure.data.synthetic import CLASSES
+from fedclip_secure.data.drawn.drawings import draw
+from fedclip_secure.data.drawn.labs import CLASSES
+from fedclip_secure.data.drawn.staining import Look, random_look, render
 
 NAME = "fedclip-tiny"
 OUT = Path(__file__).resolve().parent.parent / "fedclip_secure" / "assets" / NAME

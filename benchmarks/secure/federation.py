@@ -16,7 +16,7 @@ from fedclip_secure.model.state import AdapterState, Floats, Layout
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.messages import ServerAd, sign_message
-from fedclip_secure.secagg.opening import Opening, Position, check_opening
+from fedclip_secure.secagg.opening_checks import Opening, Position, check_opening
 from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.terms import Terms
 

@@ -35,10 +35,10 @@ from fedclip_secure.pki.certificates import parse_certificate
 from fedclip_secure.pki.identity import Enrolment, Identity, create_key, signing_request
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.journal import Journal
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.party import Party
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.journal import Journal
+from fedclip_secure.silo.run.link import Link
+from fedclip_secure.silo.run.party import Party
+from fedclip_secure.silo.run.runner import Runner
 from fedclip_secure.transport.client import Client
 from fedclip_secure.transport.messages import EnrolRequest
 from secure.federation import WEIGHT, draw, layout_of, make_contract, make_plan

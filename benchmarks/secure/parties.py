@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.messages import Ciphertexts
-from fedclip_secure.secagg.opening import Opening
+from fedclip_secure.secagg.opening_checks import Opening
 from fedclip_secure.secagg.ring import WORD, Words
 from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.silo_session import ModelRecord, Shares, SiloSession

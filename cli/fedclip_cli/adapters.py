@@ -14,10 +14,10 @@ from fedclip_cli.evaluation import percent
 from fedclip_cli.exported import print_export
 from fedclip_cli.owner import settings
 from fedclip_secure.config.silo import SiloConfig
-from fedclip_secure.export.facts import KEPT_HOME
+from fedclip_secure.export.adapter_facts import KEPT_HOME
+from fedclip_secure.silo.accepted import Accepted, load_accepted, text_features_path
 from fedclip_secure.silo.export import export_adapter
-from fedclip_secure.silo.personal import Personal, make_personal
-from fedclip_secure.silo.pins import Accepted, load_accepted, text_features_path
+from fedclip_secure.silo.personal_adapter import Personal, make_personal
 
 if TYPE_CHECKING:  # loads torch
     from fedclip_secure.training.inputs import Inputs

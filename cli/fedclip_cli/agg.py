@@ -97,7 +97,7 @@ def prepare(folder: Path) -> None:
     """
     from fedclip_secure.config.lock import Contract, write_lock
     from fedclip_secure.files import write_atomically
-    from fedclip_secure.privacy.planned import PlannedRun
+    from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
 
     home = _own(folder)
     plan = home.plan()
@@ -252,8 +252,8 @@ def report(folder: Path, files: tuple[Path, ...], to: Path | None) -> None:
     Each is verified first. Silos whose report is missing are named.
     """
     from fedclip_secure.aggregator.report import make_federation_report, silent_silos
-    from fedclip_secure.privacy.output import write_report
-    from fedclip_secure.privacy.verify import failed_tests, read_report
+    from fedclip_secure.privacy.page.output import write_report
+    from fedclip_secure.privacy.verification.verify import failed_tests, read_report
 
     home = Home(folder) if to else _own(folder)
     data = make_federation_report(home, files)
@@ -305,8 +305,8 @@ def demo(folder: Path | None, as_json: bool, **chosen: Any) -> None:
 
     Needs the packages of a silo (torch).
     """
-    from fedclip_secure.demo.conduct import Telling, conduct
-    from fedclip_secure.demo.scene import Options
+    from fedclip_secure.demo.labs import Options
+    from fedclip_secure.demo.steps import Telling, conduct
 
     folder = folder or Path("fedclip-demo", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     try:

@@ -131,7 +131,7 @@ def program_options(program: Decorated) -> Decorated:
     def show(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
         if not wanted or context.resilient_parsing:
             return
-        from fedclip_secure.privacy.software import code_sha256
+        from fedclip_secure.privacy.report.software import code_sha256
 
         click.echo(f"{context.info_name}, version {version('fedclip-secure')}\ncode {code_sha256()}")
         context.exit()

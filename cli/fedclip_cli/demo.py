@@ -15,8 +15,8 @@ from fedclip_cli.console import out, print_table, say
 from fedclip_secure.aggregator.status import RunStatus
 
 if TYPE_CHECKING:  # loads torch
-    from fedclip_secure.demo.conduct import Outcome
     from fedclip_secure.demo.reports import Reports
+    from fedclip_secure.demo.steps import Outcome
 
 Show = Callable[[RunStatus], None]
 

@@ -14,7 +14,7 @@ from fedclip_cli.console import out, print_table
 
 if TYPE_CHECKING:  # these load torch
     from fedclip_secure.data.dataset import Counts
-    from fedclip_secure.training.evaluate import Evaluation
+    from fedclip_secure.training.evaluation.evaluate import Evaluation
 
 
 @dataclass(frozen=True, slots=True)

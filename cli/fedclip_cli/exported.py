@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedclip_cli.console import out
-from fedclip_secure.export.facts import KEPT_HOME, Facts
+from fedclip_secure.export.adapter_facts import KEPT_HOME, Facts
 
 
 def print_export(facts: Facts, files: list[Path]) -> None:

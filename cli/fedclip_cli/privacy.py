@@ -19,12 +19,12 @@ from fedclip_cli.owner import settings
 from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError, TrustError
 from fedclip_secure.pki.identity import Identity
-from fedclip_secure.silo.pins import load_accepted
+from fedclip_secure.silo.accepted import load_accepted
 
 if TYPE_CHECKING:  # these take seconds to load
     from fedclip_secure.audit.selftest import AuditResult
-    from fedclip_secure.privacy.account import Account, RunAccount
-    from fedclip_secure.privacy.verdict import Verdict
+    from fedclip_secure.privacy.ledger.spending import Account, RunAccount
+    from fedclip_secure.privacy.verification.verdict import Verdict
 
 _CONFIG = click.option(
     "--config", "path", type=FILE, default="silo.yaml", show_default=True, help="This silo's settings."
@@ -67,7 +67,7 @@ def budget(path: Path, as_json: bool, federation: str | None, clock_was_wrong: b
 
     For this house alone: the numbers of units follow from the data. It may be asked while `train` runs.
     """
-    from fedclip_secure.silo.account import cap_of, end_runs, existing_ledger, mend_clock, unfinished
+    from fedclip_secure.silo.run.privacy_account import cap_of, end_runs, existing_ledger, mend_clock, unfinished
 
     config = settings(path)
     identity = Identity.load(Path(config.identity))
@@ -99,8 +99,8 @@ def report(path: Path, folder: Path | None) -> None:
     No figure in it depends on this silo's records. Without privacy in the plan it says what is then not protected.
     """
     from fedclip_secure.audit.crosscheck import second_opinion
-    from fedclip_secure.privacy.output import write_report
-    from fedclip_secure.privacy.verify import verify as check
+    from fedclip_secure.privacy.page.output import write_report
+    from fedclip_secure.privacy.verification.verify import verify as check
     from fedclip_secure.silo.report import make_report
 
     config = settings(path)
@@ -125,8 +125,8 @@ def report(path: Path, folder: Path | None) -> None:
 @_JSON
 def verify(file: Path, plan: str | None, roster: str | None, as_json: bool) -> None:
     """Check a privacy report, of a silo or of the federation: offline, and without trusting who wrote it."""
-    from fedclip_secure.privacy.verify import verify as check
-    from fedclip_secure.privacy.verify_silo import Expected
+    from fedclip_secure.privacy.verification.silo_checks import Expected
+    from fedclip_secure.privacy.verification.verify import verify as check
 
     with telling(file):
         data = file.read_bytes()
@@ -152,8 +152,8 @@ def audit(path: Path, as_json: bool) -> None:
     from fedclip_secure.audit.at_silo import setting_of
     from fedclip_secure.audit.selftest import run_audit
     from fedclip_secure.secagg.terms import Terms
-    from fedclip_secure.silo.outcome import newest_model
     from fedclip_secure.silo.report import save_audit
+    from fedclip_secure.silo.run.final_models import newest_model
 
     config = settings(path)
     accepted = load_accepted(config)
@@ -188,7 +188,7 @@ def _print_audit(result: AuditResult, kept: Path) -> None:
 
 
 def _print_account(account: Account) -> None:
-    from fedclip_secure.privacy.account import PLAN_DIGITS, percent
+    from fedclip_secure.privacy.ledger.spending import PLAN_DIGITS, percent
 
     if not account.runs:
         out.print("nothing was spent yet")
@@ -241,7 +241,7 @@ def _print_account(account: Account) -> None:
 
 
 def _run_cells(run: RunAccount) -> list[str]:
-    from fedclip_secure.privacy.account import PLAN_DIGITS, day
+    from fedclip_secure.privacy.ledger.spending import PLAN_DIGITS, day
 
     return [
         f"{run.federation} ({run.silo}), {run.unit}s{', ended' if run.ended else ''}",

@@ -49,23 +49,23 @@ from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import spki_sha256
 from fedclip_secure.pki.roster import readable_fingerprint
-from fedclip_secure.privacy import wording
-from fedclip_secure.privacy.parties import costs, most_hurt
-from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.report import wording
+from fedclip_secure.privacy.report.parties import costs, most_hurt
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.account import ENDED, about_ledger, about_place
+from fedclip_secure.silo.accepted import Accepted, check_own_key, load_accepted, save_accepted, text_features_path
 from fedclip_secure.silo.adapters import GLOBAL, choose
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.outcome import adapter_folder, read_models
-from fedclip_secure.silo.pins import Accepted, check_own_key, load_accepted, save_accepted, text_features_path
 from fedclip_secure.silo.policy import check_plan, check_policy
-from fedclip_secure.silo.recovery import giving_up, look
-from fedclip_secure.silo.recovery import recover as go_on
+from fedclip_secure.silo.run.final_models import adapter_folder, read_models
+from fedclip_secure.silo.run.link import Link
+from fedclip_secure.silo.run.privacy_account import ENDED, about_ledger, about_place
+from fedclip_secure.silo.run.recovery import giving_up, look
+from fedclip_secure.silo.run.recovery import recover as go_on
 from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.enrolment import enroll as get_certificate
 
 if TYPE_CHECKING:
-    from fedclip_secure.silo.train import Finished
+    from fedclip_secure.silo.run.train import Finished
 
 _QUESTION = "Do the fingerprints match what you were told, and do you take part on these terms?"
 _CONFIG = click.option(
@@ -183,7 +183,7 @@ def train(path: Path, abandon_round: int | None, yes: bool, changed_data: bool) 
 
     It may be stopped or killed at any time, and goes on from there with the same update.
     """
-    from fedclip_secure.silo.train import take_part
+    from fedclip_secure.silo.run.train import take_part
 
     config = settings(path)
     identity = Identity.load(Path(config.identity))
@@ -244,8 +244,8 @@ def evaluate(path: Path, adapter: str | None, split: str, as_json: bool) -> None
     Draws each adapter's confusion matrix to evaluation/SPLIT-ADAPTER.svg in the workdir.
     """
     from fedclip_secure.features.encoder import choose_device
-    from fedclip_secure.training.evaluate import evaluate as measure
-    from fedclip_secure.training.plots import save_confusion
+    from fedclip_secure.training.evaluation.evaluate import evaluate as measure
+    from fedclip_secure.training.evaluation.plots import save_confusion
 
     config = settings(path)
     accepted = load_accepted(config)
@@ -279,8 +279,8 @@ def predict(paths: tuple[Path, ...], path: Path, adapter: str, output: str, stri
     Images that cannot be used are left out and named on standard error.
     """
     from fedclip_secure.data.report import why_left_out
-    from fedclip_secure.training.predict import find_images, to_csv
-    from fedclip_secure.training.predict import predict as classify
+    from fedclip_secure.training.evaluation.predict import find_images, to_csv
+    from fedclip_secure.training.evaluation.predict import predict as classify
 
     config = settings(path)
     accepted = load_accepted(config)

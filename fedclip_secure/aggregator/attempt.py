@@ -11,7 +11,7 @@ from pathlib import Path
 from fedclip_secure.aggregator.store import AttemptRow, Store
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Asked, Phase
 from fedclip_secure.secagg.keys import upload_info
-from fedclip_secure.secagg.opening import Opening, reopen
+from fedclip_secure.secagg.opening_checks import Opening, reopen
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.sealing import BodyOpener, SealKey
 from fedclip_secure.secagg.terms import Terms

@@ -11,7 +11,7 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import ExternalModel
 from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError
-from fedclip_secure.export.facts import Facts
+from fedclip_secure.export.adapter_facts import Facts
 from fedclip_secure.export.folder import write_export
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.roster import Roster

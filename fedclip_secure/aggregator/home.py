@@ -14,9 +14,9 @@ from pathlib import Path
 from fedclip_secure.aggregator.store import Store
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.lock import Contract, ExternalEncoder, read_lock
-from fedclip_secure.config.needs import unlisted
+from fedclip_secure.config.method_needs import unlisted
+from fedclip_secure.config.method_recipes import recipe_of
 from fedclip_secure.config.plan import ExternalModel, FederationPlan
-from fedclip_secure.config.recipes import recipe_of
 from fedclip_secure.disk import check_disk, refused
 from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.files import write_atomically
@@ -32,7 +32,7 @@ from fedclip_secure.pki.certificates import read_certificate, utc_time, write_ce
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.pki.keys import SigningKey, write_private_key
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.privacy.releases import check_releases
+from fedclip_secure.privacy.accounting.releases import check_releases
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.terms import Terms
 

@@ -13,10 +13,10 @@ from fedclip_secure.errors import ConfigError, DataError, TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.keys import SigningKey
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.privacy.document import FederationReport, SiloReport, sign_report
-from fedclip_secure.privacy.federation_report import FederationFacts, combine
-from fedclip_secure.privacy.software import software
-from fedclip_secure.privacy.verify import read_report
+from fedclip_secure.privacy.report.document import FederationReport, SiloReport, sign_report
+from fedclip_secure.privacy.report.software import software
+from fedclip_secure.privacy.verification.federation_report import FederationFacts, combine
+from fedclip_secure.privacy.verification.verify import read_report
 
 _LIBRARIES = ("dp-accounting", "numpy", "scipy", "cryptography")
 

@@ -23,7 +23,7 @@ from fedclip_secure.errors import DataError, ProtocolError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.keys import SigningKey
-from fedclip_secure.privacy.receipts import Receipt
+from fedclip_secure.privacy.ledger.receipts import Receipt
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.messages import ServerAd, Void, sign_message, vector_hash
 from fedclip_secure.secagg.ring import WORD, Words

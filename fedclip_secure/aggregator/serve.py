@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from fedclip_secure.aggregator.app import Server, make_app
-from fedclip_secure.aggregator.guests import dismiss_guests
 from fedclip_secure.aggregator.home import Home, check_charges, renew_server_certificate
 from fedclip_secure.aggregator.rounds import Rounds
 from fedclip_secure.aggregator.store import Store
+from fedclip_secure.aggregator.unauthenticated import dismiss_guests
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.disk import check_disk
 from fedclip_secure.errors import FedClipError, TransportError, TrustError

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from fedclip_secure.aggregator.blobs import RESTORE, Blobs
 from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, is_locked, lock_file, refused
 from fedclip_secure.errors import DataError, ProtocolError, TrustError
-from fedclip_secure.model.points import ModelPoint, best_of
+from fedclip_secure.model.round_models import ModelPoint, best_of
 from fedclip_secure.secagg.terms import Terms
 
 _VERSION = 1

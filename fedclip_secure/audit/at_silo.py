@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.audit.setting import Setting
 from fedclip_secure.config.lock import Contract, ExternalEncoder, OpenClipEncoder
 from fedclip_secure.config.plan import SHIPPED, ExternalModel
@@ -13,7 +13,7 @@ from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.features.encoder import Encoder, choose_device, load_encoder
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.shared_parameters import read_shared
 
 _LARGEST_FILE = 64 * 2**20  # bytes of an encoder that is loaded: each record takes a pass of its own through it
 

@@ -1,4 +1,4 @@
-"""An attack on the mechanism, and the least epsilon that its success proves (`privacy/one_run.py`).
+"""An attack on the mechanism, and the least epsilon that its success proves (`privacy/accounting/empirical_epsilon.py`).
 
 Each canary is a unit whose clipped gradient is C in one coordinate of its own. The attacker sees every release, and
 scores a canary by the sum of what was released in its coordinate; nothing is tuned. The bound that this proves is far
@@ -18,7 +18,7 @@ import torch
 from scipy import special, stats
 from torch import Tensor, nn
 
-from fedclip_secure.audit.engine import Engine
+from fedclip_secure.audit.audited_parts import Engine
 from fedclip_secure.audit.evidence import (
     FALSE_ALARM,
     Doubles,
@@ -29,10 +29,10 @@ from fedclip_secure.audit.evidence import (
 )
 from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.methods.base import Batch, Phase
-from fedclip_secure.privacy import accountant
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.one_run import CONFIDENCE, epsilon_at_least
-from fedclip_secure.training.records import select
+from fedclip_secure.privacy.accounting import accountant
+from fedclip_secure.privacy.accounting.empirical_epsilon import CONFIDENCE, epsilon_at_least
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.training.device_records import select
 
 _SIDE = 100  # of the canaries' weight matrix, each of whose entries is one canary's own
 CANARIES = _SIDE**2

@@ -14,9 +14,9 @@ import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from fedclip_secure.config.lock import Contract
-from fedclip_secure.privacy.document import Estimate
-from fedclip_secure.privacy.events import Event, merged
-from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.accounting.events import Event, merged
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.report.document import Estimate
 
 
 @dataclass(frozen=True, slots=True)

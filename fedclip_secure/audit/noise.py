@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from fedclip_secure.audit.engine import Engine
+from fedclip_secure.audit.audited_parts import Engine
 from fedclip_secure.audit.evidence import (
     Doubles,
     Evidence,
@@ -21,7 +21,7 @@ from fedclip_secure.audit.evidence import (
     largest_correlation,
     normal_p,
 )
-from fedclip_secure.audit.scene import Scene
+from fedclip_secure.audit.made_up_records import Scene
 from fedclip_secure.config.plan import PrivacyPlan
 
 # At 1.1 million deviates a sigma that is off by 1 % is 14 deviations away from what the right one gives, and the test

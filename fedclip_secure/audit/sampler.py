@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from fedclip_secure.audit.engine import Engine
+from fedclip_secure.audit.audited_parts import Engine
 from fedclip_secure.audit.evidence import Evidence, as_normals, binomial_p, by_p_values, chi_square_p, first_of_pairs
 
 Members = npt.NDArray[np.bool_]  # (steps, units)

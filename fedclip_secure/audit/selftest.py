@@ -13,21 +13,21 @@ import torch
 
 from fedclip_secure.audit import canaries, sampler
 from fedclip_secure.audit import noise as noises
+from fedclip_secure.audit.audited_parts import Engine, MakeEngine, TrainingEngine
 from fedclip_secure.audit.canaries import Attack
-from fedclip_secure.audit.engine import Engine, MakeEngine, TrainingEngine
 from fedclip_secure.audit.evidence import Doubles, Evidence
-from fedclip_secure.audit.lockstep import Work
-from fedclip_secure.audit.scene import Scene, make_scene, same_torch_seed
+from fedclip_secure.audit.made_up_records import Scene, make_scene, same_torch_seed
+from fedclip_secure.audit.reference_trainer import Work
 from fedclip_secure.audit.sensitivity import records_apart, sensitivity
 from fedclip_secure.audit.setting import Setting
 from fedclip_secure.audit.trainer import MakeTrainer, as_by_hand, keys_fresh, noise_apart, noise_of_each, rehearse
 from fedclip_secure.config.plan import FederationPlan, PrivacyPlan
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.privacy import document
-from fedclip_secure.privacy.entries import HOUR
-from fedclip_secure.privacy.one_run import CONFIDENCE
-from fedclip_secure.privacy.software import code_sha256
-from fedclip_secure.training.dp import PrivateTrainer
+from fedclip_secure.privacy.accounting.empirical_epsilon import CONFIDENCE
+from fedclip_secure.privacy.ledger.entries import HOUR
+from fedclip_secure.privacy.report import document
+from fedclip_secure.privacy.report.software import code_sha256
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer
 
 _UNITS = 1000  # to take away one of; the sampler's tests choose their own number
 _ODD_DIM = 67  # no multiple of 4: libraries multiply matrices of such widths by other programs

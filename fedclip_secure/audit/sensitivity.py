@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedclip_secure.audit.engine import Engine
+from fedclip_secure.audit.audited_parts import Engine
 from fedclip_secure.audit.evidence import Doubles, Evidence
-from fedclip_secure.audit.scene import Scene
+from fedclip_secure.audit.made_up_records import Scene
 from fedclip_secure.methods.base import Batch, Phase
-from fedclip_secure.training.gradients import Integers
-from fedclip_secure.training.linear import MOST_CANCELLED
-from fedclip_secure.training.records import select
+from fedclip_secure.training.device_records import select
+from fedclip_secure.training.private.gradients import Integers
+from fedclip_secure.training.private.linear_layers import MOST_CANCELLED
 
 TOLERANCE = 1e-7  # of C
 _LARGE = 1e6  # by how much losses are scaled, and features

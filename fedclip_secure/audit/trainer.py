@@ -29,17 +29,17 @@ from fedclip_secure.audit.evidence import (
     distance_p,
     largest_correlation,
 )
-from fedclip_secure.audit.lockstep import Lockstep, Noises, Work
-from fedclip_secure.audit.scene import same_torch_seed
-from fedclip_secure.audit.watch import Recorder, flat_gradients, watching
+from fedclip_secure.audit.made_up_records import same_torch_seed
+from fedclip_secure.audit.reference_trainer import Lockstep, Noises, Work
+from fedclip_secure.audit.release_watch import Recorder, flat_gradients, watching
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.bounds import LARGEST_WEIGHT
-from fedclip_secure.training.dp import Coins, PrivateTrainer
-from fedclip_secure.training.private_state import PrivateState
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.private.bounds import LARGEST_WEIGHT
+from fedclip_secure.training.private.dp_sgd import Coins, PrivateTrainer
+from fedclip_secure.training.shared_parameters import read_shared
+from fedclip_secure.training.unshared_state import PrivateState
 
 ROUNDS = 2
 # Relative, or in deviations of the noise: float sums may differ in their last bits, which the noise's grid makes 2^-16

@@ -34,7 +34,7 @@ class OpenClipEncoder(Strict):
     name: Text
     config: str  # open_clip's model config as canonical JSON
     weights_sha256: Sha256  # of the checkpoint file
-    # Of the tokens of the plan's prompts and of fixed texts (features/tokens.py); version 0.1 pinned none.
+    # Of the tokens of the plan's prompts and of fixed texts (features/tokenizer.py); version 0.1 pinned none.
     tokens_sha256: Annotated[Sha256 | None, LATER] = None
     preprocessing: Preprocessing
     dim: int = Field(ge=2)

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fedclip_secure.data.room import DECODING
+from fedclip_secure.data.decoding_memory import DECODING
+from fedclip_secure.data.grey_window import to_grey
 from fedclip_secure.data.walk import patiently
-from fedclip_secure.data.window import to_grey
 from fedclip_secure.disk import OF_ONE_FILE, refused
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.extras import install_command, lacking

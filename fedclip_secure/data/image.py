@@ -12,12 +12,12 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from fedclip_secure.data.deep import is_deep, is_deep_colour, read_deep
+from fedclip_secure.data.decoding_memory import DECODING
+from fedclip_secure.data.deep_pictures import is_deep, is_deep_colour, read_deep
 from fedclip_secure.data.dicom import DICOM_SUFFIXES, PREAMBLE, Frame, is_dicom, read_dicom
-from fedclip_secure.data.facts import ImageFacts, facts_of
-from fedclip_secure.data.room import DECODING
+from fedclip_secure.data.grey_window import to_grey
+from fedclip_secure.data.image_facts import ImageFacts, facts_of
 from fedclip_secure.data.walk import in_threads, looked_at, patiently
-from fedclip_secure.data.window import to_grey
 from fedclip_secure.disk import OF_ONE_FILE, refused
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.files import open_regular

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedclip_secure.data.classes import some
 from fedclip_secure.data.dataset import FeatureSet
-from fedclip_secure.data.facts import CLIPPED, TINY, ImageFacts
+from fedclip_secure.data.image_facts import CLIPPED, TINY, ImageFacts
 from fedclip_secure.data.listing import LeftOut, Reason, kinds_of
 from fedclip_secure.errors import DataError
 

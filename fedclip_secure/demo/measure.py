@@ -13,11 +13,11 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import FederationPlan, Training
 from fedclip_secure.config.silo import FolderData, SiloConfig
 from fedclip_secure.data.dataset import Counts, FeatureSet
-from fedclip_secure.demo.scene import Scene, Site
+from fedclip_secure.demo.labs import Scene, Site
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.evaluate import evaluate
+from fedclip_secure.training.evaluation.evaluate import evaluate
 from fedclip_secure.training.inputs import Inputs, load_inputs
-from fedclip_secure.training.local import LocalTrainer
+from fedclip_secure.training.local_training import LocalTrainer
 
 _CPU = torch.device("cpu")
 

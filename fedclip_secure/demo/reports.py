@@ -14,15 +14,15 @@ from fedclip_secure.audit.selftest import run_audit
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.errors import TrustError
 from fedclip_secure.pki.identity import Identity
-from fedclip_secure.privacy.document import Audit, SiloReport
-from fedclip_secure.privacy.output import write_report
-from fedclip_secure.privacy.planned import PlannedRun
-from fedclip_secure.privacy.verify import read_report, verify
-from fedclip_secure.privacy.verify_silo import Expected
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.page.output import write_report
+from fedclip_secure.privacy.report.document import Audit, SiloReport
+from fedclip_secure.privacy.verification.silo_checks import Expected
+from fedclip_secure.privacy.verification.verify import read_report, verify
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.outcome import newest_model
-from fedclip_secure.silo.pins import Accepted
+from fedclip_secure.silo.accepted import Accepted
 from fedclip_secure.silo.report import make_report, save_audit
+from fedclip_secure.silo.run.final_models import newest_model
 
 
 @dataclass(frozen=True, slots=True)

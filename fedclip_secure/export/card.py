@@ -8,8 +8,8 @@ from typing import Any
 
 from fedclip_secure.config.lock import Contract, ExternalEncoder, OpenClipEncoder
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.export.facts import KEPT_HOME, Bound, Facts, privacy_statement
-from fedclip_secure.export.loading import loading, plain
+from fedclip_secure.export.adapter_facts import KEPT_HOME, Bound, Facts, privacy_statement
+from fedclip_secure.export.load_script import loading, plain
 from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.terms import Terms
 

@@ -14,9 +14,9 @@ from fedclip_secure.config.plan import SHIPPED, OpenClipModel
 from fedclip_secure.data.embeddings import read_text_features
 from fedclip_secure.disk import telling
 from fedclip_secure.errors import DataError
+from fedclip_secure.export.adapter_facts import Facts, write_card
 from fedclip_secure.export.card import model_card
-from fedclip_secure.export.facts import Facts, write_card
-from fedclip_secure.export.loading import encoder_config, weights_name
+from fedclip_secure.export.load_script import encoder_config, weights_name
 from fedclip_secure.files import write_atomically
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.roster import Roster

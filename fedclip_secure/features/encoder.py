@@ -24,7 +24,7 @@ from fedclip_secure.errors import ConfigError, ModelError
 from fedclip_secure.features.clip import load_clip, settle_clip
 from fedclip_secure.features.download import first_line
 from fedclip_secure.features.stage import FEATURES, Stage
-from fedclip_secure.features.tokens import Tokenizer, check_tokens, tokenizer_of, tokens_sha256
+from fedclip_secure.features.tokenizer import Tokenizer, check_tokens, tokenizer_of, tokens_sha256
 from fedclip_secure.features.towers import TextTower, VisualTower
 from fedclip_secure.features.vision_only import load_vision_only, settle_vision_only
 

@@ -18,19 +18,19 @@ import torch
 
 from fedclip_secure import canonical
 from fedclip_secure.data.dataset import FeatureSet, Floats, ImageFile
-from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.image import decode_image
+from fedclip_secure.data.image_facts import ImageFacts
 from fedclip_secure.data.walk import patiently
 from fedclip_secure.disk import OF_ONE_FILE, refused
 from fedclip_secure.errors import DataError
-from fedclip_secure.features.batch import batch_size as fitting_batch_size
-from fedclip_secure.features.broken import Broken, check_classes_left
+from fedclip_secure.features.batch_size import batch_size as fitting_batch_size
 from fedclip_secure.features.cache import FeatureCache
 from fedclip_secure.features.encoder import Encoder
+from fedclip_secure.features.fixed_batches import Seats
 from fedclip_secure.features.index import Contents, FileIndex, read_contents
 from fedclip_secure.features.progress import Meter, ShowProgress
-from fedclip_secure.features.seats import Seats
 from fedclip_secure.features.stage import FEATURES, Stage
+from fedclip_secure.features.unusable_images import Broken, check_classes_left
 
 INDEX_NAME = "files.sqlite"
 _SHARD_IMAGES = 512  # images between two writes, and

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from fedclip_secure.data.facts import ImageFacts
+from fedclip_secure.data.image_facts import ImageFacts
 from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, refused
 from fedclip_secure.errors import DataError
 from fedclip_secure.files import make_folder, open_regular

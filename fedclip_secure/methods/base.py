@@ -11,7 +11,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from fedclip_secure.config.fields import Strict
-from fedclip_secure.config.needs import Need
+from fedclip_secure.config.method_needs import Need
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.stage import FEATURES, Stage

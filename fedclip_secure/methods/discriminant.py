@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fedclip_secure.config.needs import NEEDS
+from fedclip_secure.config.method_needs import NEEDS
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.methods.base import Batch, Method, MethodSpec, Phase

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fedclip_secure.config.needs import NEEDS
+from fedclip_secure.config.method_needs import NEEDS
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.features.encoder import Encoder
 from fedclip_secure.features.towers import tunable_copy

@@ -15,7 +15,7 @@ from fedclip_secure.disk import refused
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.certificates import read_certificate, silo_name, write_certificate
-from fedclip_secure.pki.epoch import Epoch
+from fedclip_secure.pki.epoch_file import Epoch
 from fedclip_secure.pki.keys import SigningKey, make_private_folder, spki_sha256
 
 KEY = "key.pem"

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.secagg import checks
+from fedclip_secure.secagg import message_checks
 from fedclip_secure.secagg.keys import pairs_commitment, unmask_info, upload_info
 from fedclip_secure.secagg.messages import (
     Agree,
@@ -38,8 +38,8 @@ from fedclip_secure.secagg.messages import (
     share_transcript,
     survivors_hash,
 )
-from fedclip_secure.secagg.opening import Opening
-from fedclip_secure.secagg.outcome import Outcome, compute_outcome, result_of
+from fedclip_secure.secagg.next_model import Outcome, compute_outcome, result_of
+from fedclip_secure.secagg.opening_checks import Opening
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.sealing import BodyOpener, SealKey
 from fedclip_secure.secagg.terms import Terms
@@ -108,20 +108,20 @@ class AggregatorSession:
     def receive_key_ad(self, sender: str, wire: bytes) -> None:
         """Stage 0."""
         ad = self._open((Phase.JOIN,), sender, wire, KeyAd, self._terms.roster.silos)
-        checks.check_key_ad(ad.body, self._opening.base, sender)
+        message_checks.check_key_ad(ad.body, self._opening.base, sender)
         if ad.body.agreed and tuple(ad.body.agreed) not in self._asked.lists:
             raise ProtocolError("agreed", f"{sender} says that it agreed to names it was never asked for", silo=sender)
-        checks.check_distinct_keys({**self.ads, sender: ad})
+        message_checks.check_distinct_keys({**self.ads, sender: ad})
         self.ads[sender] = ad
 
     def joinable(self) -> list[str]:
         """Who would be in U1 if joining closed now."""
-        return checks.joinable(self.ads, None if self._asked.patient else self._terms.floor)
+        return message_checks.joinable(self.ads, None if self._asked.patient else self._terms.floor)
 
     def receive_bundles(self, sender: str, wire: bytes, ciphertexts: Mapping[str, Ciphertexts]) -> None:
         """Stage 1: `ciphertexts` by peer; they must be the ones committed to."""
         bundles = self._open((Phase.SHARE,), sender, wire, Bundles, self.ads)
-        checks.check_bundles(bundles.body, self._transcript, sender, self.ads)
+        message_checks.check_bundles(bundles.body, self._transcript, sender, self.ads)
         entries = {peer: bundles.body.between(sender, peer, self._places) for peer in self.ads if peer != sender}
         committed = {peer: (entry.ct_share, entry.ct_salt) for peer, entry in entries.items()}
         sent = {peer: (hashlib.sha256(a).digest(), hashlib.sha256(b).digest()) for peer, (a, b) in ciphertexts.items()}
@@ -152,7 +152,7 @@ class AggregatorSession:
             content = decode_body(UploadHeader, header)
         upload = self._open((Phase.UPLOAD,), sender, content.upload, Upload, self.bundles)
         with _named(sender):
-            checks.check_upload(self._terms, upload.body, self._transcript2, sender)
+            message_checks.check_upload(self._terms, upload.body, self._transcript2, sender)
         if upload.body.vector != vector:
             raise ProtocolError("vector", f"{sender} sent another vector than it signed", silo=sender)
         peers = [name for name in self.bundles if name != sender]
@@ -207,7 +207,7 @@ class AggregatorSession:
         """
         if self.phase <= Phase.UPLOAD:
             names = self.joinable() if self.phase is Phase.JOIN else list(self.answered(self.phase))
-            checks.check_floor(self._terms, names, self.phase.name.lower())
+            message_checks.check_floor(self._terms, names, self.phase.name.lower())
         elif len(self.answered(self.phase)) < self._terms.threshold:
             count, stage = len(self.answered(self.phase)), self.phase.name.lower()
             raise ProtocolError("floor", f"{count} silos at stage {stage!r}, {self._terms.threshold} must answer")
@@ -215,11 +215,11 @@ class AggregatorSession:
             self.ads = {name: self.ads[name] for name in names}
             self._transcript, self._places = join_transcript(self._opening.base, self.ads), places_of(self.ads)
         elif self.phase is Phase.SHARE:
-            checks.check_bound(self.ads, self.bundles, final=False)
+            message_checks.check_bound(self.ads, self.bundles, final=False)
             self.bundles = dict(sorted(self.bundles.items()))
             self._transcript2 = share_transcript(self._transcript, self.bundles)
         elif self.phase is Phase.UPLOAD:
-            checks.check_bound(self.ads, self.uploads, final=True)
+            message_checks.check_bound(self.ads, self.uploads, final=True)
             self.uploads = dict(sorted(self.uploads.items()))
             self._survivors = survivors_hash(self._transcript2, self.uploads)
         self.phase = Phase(self.phase + 1)

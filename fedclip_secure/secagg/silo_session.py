@@ -14,8 +14,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.secagg import checks, masks, sealing, shamir, sharing
-from fedclip_secure.secagg.audit import SumCheck
+from fedclip_secure.secagg import masks, message_checks, sealing, shamir, sharing
 from fedclip_secure.secagg.keys import (
     AttemptSecrets,
     Peer,
@@ -50,11 +49,12 @@ from fedclip_secure.secagg.messages import (
     survivors_hash,
     vector_hash,
 )
-from fedclip_secure.secagg.opening import Opening
-from fedclip_secure.secagg.outcome import Outcome, compute_outcome, result_of
+from fedclip_secure.secagg.next_model import Outcome, compute_outcome, result_of
+from fedclip_secure.secagg.opening_checks import Opening
 from fedclip_secure.secagg.ring import WORD, Words
 from fedclip_secure.secagg.sealing import SealedBody
 from fedclip_secure.secagg.sharing import Sent, Way
+from fedclip_secure.secagg.sum_verification import SumCheck
 from fedclip_secure.secagg.terms import Terms
 
 P = ParamSpec("P")
@@ -205,8 +205,8 @@ class SiloSession:
         """
         self._ads = self._open_list(ads, KeyAd, self._ad)
         for name, ad in self._ads.items():
-            checks.check_key_ad(ad.body, self._opening.base, name)
-        checks.check_distinct_keys(self._ads)
+            message_checks.check_key_ad(ad.body, self._opening.base, name)
+        message_checks.check_distinct_keys(self._ads)
         self._check_agreed(self._ads)
         self._transcript, self._places = join_transcript(self._opening.base, self._ads), places_of(self._ads)
         shares = drawn or self._draw_shares()
@@ -224,7 +224,7 @@ class SiloSession:
         if not set(self._bundles) <= set(self._ads):
             raise ProtocolError("list", "a silo shared that had not joined")
         for name, message in self._bundles.items():
-            checks.check_bundles(message.body, self._transcript, name, self._ads)
+            message_checks.check_bundles(message.body, self._transcript, name, self._ads)
         self._check_agreed(self._bundles)
         self._transcript2 = share_transcript(self._transcript, self._bundles)
         add, subtract = [self_key(self.secrets.b, self._transcript2, self._silo)], list[bytes]()
@@ -254,7 +254,7 @@ class SiloSession:
         if not set(self._uploads) <= set(self._bundles):
             raise ProtocolError("list", "a silo uploaded that had not shared")
         for name, message in self._uploads.items():
-            checks.check_upload(self._terms, message.body, self._transcript2, name)
+            message_checks.check_upload(self._terms, message.body, self._transcript2, name)
         names = tuple(self._uploads)
         self._check_agreed(names, final=True)
         self._record.agreed = names
@@ -320,7 +320,7 @@ class SiloSession:
     def _open_list(self, wires: Sequence[bytes], model: type[B], mine: B) -> dict[str, Signed[B]]:
         """Open a list; it must reach the floor and hold this silo's own message unchanged."""
         opened = by_sender(wires, model, self._terms.federation, self._terms.roster)
-        checks.check_floor(self._terms, opened, model.type)
+        message_checks.check_floor(self._terms, opened, model.type)
         if self._silo not in opened or opened[self._silo].body != mine:
             raise ProtocolError("mine", f"the server's list of {model.type} messages lacks or alters this silo's own")
         return opened

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.export.facts import Facts, read_facts
+from fedclip_secure.export.adapter_facts import Facts, read_facts
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.outcome import adapter_folder, load_adapter
+from fedclip_secure.silo.run.final_models import adapter_folder, load_adapter
 
 GLOBAL = ("best", "last")
 PERSONAL = "personal"

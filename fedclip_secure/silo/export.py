@@ -6,11 +6,11 @@ from pathlib import Path
 
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.export.facts import Facts
+from fedclip_secure.export.adapter_facts import Facts
 from fedclip_secure.export.folder import write_export
 from fedclip_secure.secagg.terms import Terms
+from fedclip_secure.silo.accepted import Accepted, text_features_path
 from fedclip_secure.silo.adapters import choose
-from fedclip_secure.silo.pins import Accepted, text_features_path
 
 
 def export_adapter(

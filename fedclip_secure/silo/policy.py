@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from fedclip_secure.config.lock import Contract
-from fedclip_secure.config.needs import unlisted, unmet
+from fedclip_secure.config.method_needs import unlisted, unmet
 from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.config.silo import Policy
 from fedclip_secure.errors import ConfigError, PolicyError
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.privacy.admission import Need, in_words
-from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.accounting.privacy_filter import Cap
+from fedclip_secure.privacy.ledger.admission import Need, in_words
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.training.bounds import check_terms
+from fedclip_secure.training.private.bounds import check_terms
 
 
 def check_policy(policy: Policy, contract: Contract, terms: Terms, silo: str) -> None:

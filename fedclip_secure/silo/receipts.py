@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedclip_secure.disk import FAULTS_OF_OURS, is_damage, refused
 from fedclip_secure.errors import DataError, TrustError
-from fedclip_secure.pki.epoch import Epoch
+from fedclip_secure.pki.epoch_file import Epoch
 
 _HOW_IT_STANDS = "run `fedclip-silo recover`, which says how it stands"
 _PATIENCE = 10  # seconds; `train` holds the database for the length of one write

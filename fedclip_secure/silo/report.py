@@ -14,14 +14,14 @@ from fedclip_secure.disk import refused
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.files import write_atomically
 from fedclip_secure.pki.identity import Identity
-from fedclip_secure.privacy.document import Audit, Estimate, Limit, sign_report
-from fedclip_secure.privacy.entries import SignedEntry
-from fedclip_secure.privacy.report import SiloFacts, report_body
-from fedclip_secure.privacy.software import software
-from fedclip_secure.silo.account import begun_with, is_begun, ledger_of_run
-from fedclip_secure.silo.outcome import adapter_folder, read_models
-from fedclip_secure.silo.pins import Accepted
+from fedclip_secure.privacy.ledger.entries import SignedEntry
+from fedclip_secure.privacy.report.document import Audit, Estimate, Limit, sign_report
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
+from fedclip_secure.privacy.report.software import software
+from fedclip_secure.silo.accepted import Accepted
 from fedclip_secure.silo.receipts import read_receipts
+from fedclip_secure.silo.run.final_models import adapter_folder, read_models
+from fedclip_secure.silo.run.privacy_account import begun_with, is_begun, ledger_of_run
 
 _LIBRARIES = ("torch", "open_clip_torch", "opacus", "dp-accounting", "numpy", "scipy", "cryptography")
 

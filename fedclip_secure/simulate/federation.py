@@ -14,7 +14,7 @@ from fedclip_secure.config.lock import Contract
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.secagg.outcome import compute_outcome
+from fedclip_secure.secagg.next_model import compute_outcome
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.terms import Terms
 

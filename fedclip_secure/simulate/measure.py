@@ -14,19 +14,19 @@ from fedclip_secure.errors import ModelError
 from fedclip_secure.features.encoder import choose_device
 from fedclip_secure.methods.zero_shot import zero_shot_logits
 from fedclip_secure.model.state import AdapterState, Layout
-from fedclip_secure.privacy.planned import PlannedRun
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
 from fedclip_secure.secagg.sizes import upload_bytes
-from fedclip_secure.simulate.cells import Cell
 from fedclip_secure.simulate.experiment import ByDirichlet, Experiment
+from fedclip_secure.simulate.experiment_cells import Cell
 from fedclip_secure.simulate.federation import Trainer, run_alone, run_federated, terms_of
 from fedclip_secure.simulate.figures import Figures, Point, Right, Spent
 from fedclip_secure.simulate.partition import SimulatedSilo, cut, deal, joined
 from fedclip_secure.simulate.sources import Sites, named_as_silos
-from fedclip_secure.training.dp import PrivateTrainer
-from fedclip_secure.training.evaluate import Logits, classify, predictor
-from fedclip_secure.training.local import LocalTrainer
+from fedclip_secure.training.evaluation.evaluate import Logits, classify, predictor
+from fedclip_secure.training.local_training import LocalTrainer
 from fedclip_secure.training.prepare import Prepared
-from fedclip_secure.training.units import unit_ids
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer
+from fedclip_secure.training.private.units import unit_ids
 
 POOL = "all"  # who trains where all records are at one place
 

@@ -19,7 +19,7 @@ from fedclip_secure.simulate.experiment import encoder_name
 from fedclip_secure.simulate.figures import Figures, Point
 from fedclip_secure.simulate.run import Results
 from fedclip_secure.simulate.tables import Group, groups_of, left_out_sites
-from fedclip_secure.training.plots import plot_style
+from fedclip_secure.training.evaluation.plots import plot_style
 
 # Okabe and Ito 2008: told apart without colour vision; what comes after the last has another line.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

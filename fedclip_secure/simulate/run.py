@@ -15,11 +15,11 @@ from fedclip_secure.features.progress import ShowProgress
 from fedclip_secure.features.stage import FEATURES
 from fedclip_secure.files import make_folder
 from fedclip_secure.methods.registry import find_method
-from fedclip_secure.simulate.cells import Cell, cells_of, digest_of, label_of
 from fedclip_secure.simulate.experiment import Experiment, encoder_of, read_experiment
+from fedclip_secure.simulate.experiment_cells import Cell, cells_of, digest_of, label_of
 from fedclip_secure.simulate.sources import find_sources
 from fedclip_secure.simulate.store import load, path_of
-from fedclip_secure.simulate.workshop import BESIDE, Answer, Setting, open_workshop, run_cell
+from fedclip_secure.simulate.worker import BESIDE, Answer, Setting, open_workshop, run_cell
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from fedclip_secure import canonical
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import SHIPPED, ExternalModel, FederationPlan, OpenClipModel
 from fedclip_secure.config.silo import Data, EmbeddingsData, FolderData, SiloConfig
-from fedclip_secure.data import synthetic
 from fedclip_secure.data.dataset import FeatureSet, Task
+from fedclip_secure.data.drawn import labs
 from fedclip_secure.data.sites import absent_classes, classes_in, folders_in, silo_name
 from fedclip_secure.disk import telling
 from fedclip_secure.errors import ConfigError, DataError
@@ -81,7 +81,7 @@ def find_sources(experiment: Experiment, home: Path, out: Path) -> Sources:
         return _checked(Sources(dict(files), dict(experiment.classes or {}), home, out))
     folder = Path(data.path) if isinstance(data, FolderSites) else _drawn(data, out)
     sites = folders_in(folder)
-    found = classes_in(sites) if isinstance(data, FolderSites) else dict(synthetic.CLASSES)
+    found = classes_in(sites) if isinstance(data, FolderSites) else dict(labs.CLASSES)
     classes = dict(experiment.classes or found)
     if len(classes) < 2:
         raise ConfigError(f"'{folder}': holds no DIR/<site>/<class>/ folders of at least 2 classes; check data.path")
@@ -94,7 +94,7 @@ def _drawn(data: DemoSites, out: Path) -> Path:
     """The labs' folder, drawn to its end."""
     folder, half = out / f"labs-{data.seed}", out / f"labs-{data.seed}.part"
     if not folder.exists():
-        synthetic.write_labs(half, data.seed)
+        labs.write_labs(half, data.seed)
         with telling(folder, "be written"):
             half.rename(folder)
     return folder

@@ -22,7 +22,7 @@ from fedclip_secure.data.dataset import Counts, FeatureSet, split
 from fedclip_secure.errors import DataError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.training.inputs import Inputs
-from fedclip_secure.training.local import LocalTrainer
+from fedclip_secure.training.local_training import LocalTrainer
 
 EPOCHS = 10
 SHARES = (0.25, 0.5, 0.75, 1.0)  # a

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fedclip_secure.config.lock import Contract, ExternalEncoder, FederationLock, ImageEncoder, Parameter
-from fedclip_secure.config.needs import unmet
+from fedclip_secure.config.method_needs import unmet
 from fedclip_secure.config.plan import ExternalModel, FederationPlan, PrivacyPlan
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.data.embeddings import read_text_features
@@ -20,12 +20,12 @@ from fedclip_secure.features.encoder import Encoder, resolve
 from fedclip_secure.methods.base import Method
 from fedclip_secure.methods.registry import check_reads, find_method
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.privacy.accountant import noise_multiplier
-from fedclip_secure.privacy.planned import LARGEST_EPSILON, PlannedRun
-from fedclip_secure.privacy.rdp import least_noise
-from fedclip_secure.training.bounds import check_bounded, check_terms
-from fedclip_secure.training.dp import check_private
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.privacy.accounting.accountant import noise_multiplier
+from fedclip_secure.privacy.accounting.plan_cost import LARGEST_EPSILON, PlannedRun
+from fedclip_secure.privacy.accounting.rdp import least_noise
+from fedclip_secure.training.private.bounds import check_bounded, check_terms
+from fedclip_secure.training.private.dp_sgd import check_private
+from fedclip_secure.training.shared_parameters import read_shared
 
 
 @dataclass(frozen=True, slots=True)

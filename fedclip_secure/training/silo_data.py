@@ -13,9 +13,9 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import EmbeddingsData, FolderData, ManifestData, SiloConfig
 from fedclip_secure.data.dataset import FeatureSet, Task, places_of
 from fedclip_secure.data.embeddings import read_embeddings
-from fedclip_secure.data.facts import ImageFacts
 from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import FileKind, file_kinds, named_as_picture
+from fedclip_secure.data.image_facts import ImageFacts
 from fedclip_secure.data.listing import LeftOut, Listing, Reason
 from fedclip_secure.data.manifest import read_manifest, with_patients
 from fedclip_secure.data.page import EACH_CLASS, render_page, thumbnail

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 from fedclip_secure.secagg.keys import AttemptSecrets
-from fedclip_secure.secagg.opening import Opening
+from fedclip_secure.secagg.opening_checks import Opening
 from fedclip_secure.secagg.silo_session import SiloSession
-from fedclip_secure.silo.journal import Drawn
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.journal import Drawn
+from fedclip_secure.silo.run.runner import Runner
 from tests.aggregator.site import Before, Site, nothing, silos_of
 from tests.secagg.lies import Lie, LyingSilo
 

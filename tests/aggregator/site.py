@@ -40,14 +40,14 @@ from fedclip_secure.pki.certificates import parse_certificate
 from fedclip_secure.pki.identity import Enrolment, Identity, create_key, signing_request
 from fedclip_secure.pki.invitation import Invitation
 from fedclip_secure.secagg.aggregator_session import Phase
-from fedclip_secure.secagg.opening import Position, check_opening
+from fedclip_secure.secagg.opening_checks import Position, check_opening
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.journal import Journal
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.party import Party
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.journal import Journal
+from fedclip_secure.silo.run.link import Link
+from fedclip_secure.silo.run.party import Party
+from fedclip_secure.silo.run.runner import Runner
 from fedclip_secure.transport.client import Client, Patience
 from fedclip_secure.transport.messages import EnrolRequest, OpeningAnswer, SharesAnswer, SharesRequest, WireList, parse
 from tests.waiting import BOUND, until

@@ -13,10 +13,10 @@ import pytest
 from fedclip_secure.data.dataset import Counts
 from fedclip_secure.errors import TrustError
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.silo.attendance import Attendance
-from fedclip_secure.silo.journal import Journal
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.outcome import Course, fetch_course
+from fedclip_secure.silo.run.attendance import Attendance
+from fedclip_secure.silo.run.final_models import Course, fetch_course
+from fedclip_secure.silo.run.journal import Journal
+from fedclip_secure.silo.run.link import Link
 from tests.aggregator.site import (
     NAMES,
     STAGES,

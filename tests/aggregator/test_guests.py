@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from fedclip_secure.aggregator.guests import MOST, dismiss_guests
+from fedclip_secure.aggregator.unauthenticated import MOST, dismiss_guests
 from tests.aggregator.site import Site
 from tests.waiting import BOUND, until
 

@@ -19,10 +19,10 @@ from fedclip_secure.errors import ProtocolError, TransportError, TrustError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.keys import pairs_commitment
 from fedclip_secure.secagg.messages import KeyAd, Result, UploadHeader, decode_body, open_message
-from fedclip_secure.secagg.outcome import Outcome
+from fedclip_secure.secagg.next_model import Outcome
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import SiloSession
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.runner import Runner
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, lying, others, run, sharing
 from tests.aggregator.site import NAMES, Before, Gate, Site, VanishedError, silos_of, vanishing
 from tests.secagg.lies import Lie, Sent

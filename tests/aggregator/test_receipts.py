@@ -14,12 +14,12 @@ import pytest
 
 from fedclip_secure.errors import ProtocolError, TransportError, TrustError
 from fedclip_secure.names import AGGREGATOR
-from fedclip_secure.privacy.receipts import Receipt, open_receipt
+from fedclip_secure.privacy.ledger.receipts import Receipt, open_receipt
 from fedclip_secure.secagg.silo_session import ModelRecord
-from fedclip_secure.silo.journal import Journal
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.party import Party
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.journal import Journal
+from fedclip_secure.silo.run.link import Link
+from fedclip_secure.silo.run.party import Party
+from fedclip_secure.silo.run.runner import Runner
 from fedclip_secure.transport.client import Client
 from tests.aggregator.site import NAMES, QUICK, Hand, HookedLink, Site, SteadyTrainer, hands_of, move, nothing
 from tests.waiting import BOUND

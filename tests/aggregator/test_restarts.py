@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import TrustError
-from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.run.link import Link
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, others, sharing
 from tests.aggregator.site import NAMES, Gate, Hand, Silos, Site, hands_of, move, set_back, silos_of
 from tests.aggregator.test_lying_silos import at_odds, garbage_for, wrong_salt_for

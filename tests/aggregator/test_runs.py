@@ -13,7 +13,7 @@ import pytest
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.secagg.messages import Complaint, Void, open_message, sign_message
-from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.run.link import Link
 from fedclip_secure.transport.tls import client_context
 from tests.aggregator.site import (
     NAMES,

@@ -17,7 +17,7 @@ from fedclip_secure.aggregator.home import init_home, renew_server_certificate
 from fedclip_secure.errors import DataError, TrustError
 from fedclip_secure.pki.authority import Authority, load_authority
 from fedclip_secure.pki.certificates import read_certificate, utc_time, write_certificate
-from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.run.link import Link
 from tests.aggregator.site import Site
 from tests.cli.test_agg_mistakes import run
 from tests.disk import file_limit

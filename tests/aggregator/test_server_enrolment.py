@@ -12,7 +12,7 @@ from fedclip_secure.aggregator.home import freeze
 from fedclip_secure.errors import TransportError, TrustError
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.invitation import Invitation
-from fedclip_secure.silo.link import Link
+from fedclip_secure.silo.run.link import Link
 from fedclip_secure.transport.enrolment import enroll
 from tests.aggregator.site import NAMES, Site
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import FedClipError, TrustError
-from fedclip_secure.silo.link import LeftOutError
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.link import LeftOutError
+from fedclip_secure.silo.run.runner import Runner
 from tests.aggregator.liars import LIAR, NO_COUNTS, averaged, others, run, sharing
 from tests.aggregator.site import NAMES, Gate, Site, each, set_back, silos_of, vanishing
 from tests.aggregator.test_bound_silos import SHORT, agreed_in_vain

@@ -10,17 +10,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedclip_secure.audit.engine import TrainingEngine
+from fedclip_secure.audit.audited_parts import TrainingEngine
 from fedclip_secure.config.plan import PrivacyPlan
 from fedclip_secure.methods.base import Batch, Phase
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.clipping import clipped_sum
-from fedclip_secure.training.dp import Coins, PrivateTrainer, set_gradients, system_coins
-from fedclip_secure.training.gaussian import GaussianMechanism
-from fedclip_secure.training.gradients import Integers
-from fedclip_secure.training.poisson import draw_members
-from fedclip_secure.training.records import select
-from fedclip_secure.training.shared import parameters_like
+from fedclip_secure.training.device_records import select
+from fedclip_secure.training.private.clipping import clipped_sum
+from fedclip_secure.training.private.dp_sgd import Coins, PrivateTrainer, set_gradients, system_coins
+from fedclip_secure.training.private.gaussian import GaussianMechanism
+from fedclip_secure.training.private.gradients import Integers
+from fedclip_secure.training.private.poisson import draw_members
+from fedclip_secure.training.shared_parameters import parameters_like
 
 Bools = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedclip_secure.audit.at_silo import setting_of
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.audit.setting import FRESH, Setting
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import Contract
@@ -20,9 +20,9 @@ from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.errors import ModelError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.outcome import newest_model
+from fedclip_secure.silo.run.final_models import newest_model
 from fedclip_secure.training.prepare import prepare
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.shared_parameters import read_shared
 from tests.audit.plans import private_plan
 from tests.privacy.reports import Site, contract
 

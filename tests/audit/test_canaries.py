@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fedclip_secure.audit.audited_parts import TrainingEngine
 from fedclip_secure.audit.canaries import CANARIES, GUESSES, attack, right_guesses
-from fedclip_secure.audit.engine import TrainingEngine
 from fedclip_secure.audit.selftest import one_thread
-from fedclip_secure.privacy import accountant
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.one_run import epsilon_at_least
+from fedclip_secure.privacy.accounting import accountant
+from fedclip_secure.privacy.accounting.empirical_epsilon import epsilon_at_least
+from fedclip_secure.privacy.accounting.events import Event
 from tests.audit.plans import private_plan
 
 

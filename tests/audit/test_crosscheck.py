@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from fedclip_secure.audit.crosscheck import cross_check
-from fedclip_secure.privacy import accountant
-from fedclip_secure.privacy.events import Event
+from fedclip_secure.privacy.accounting import accountant
+from fedclip_secure.privacy.accounting.events import Event
 
 SHORT = Event(1.0, 64 / 1200, 200)
 LONG = Event(0.8, 0.01, 2000)

@@ -9,18 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedclip_secure.audit.audited_parts import MakeEngine
 from fedclip_secure.audit.canaries import as_planned, not_refuted
-from fedclip_secure.audit.engine import MakeEngine
 from fedclip_secure.audit.evidence import Evidence
-from fedclip_secure.audit.lockstep import Work
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
+from fedclip_secure.audit.reference_trainer import Work
 from fedclip_secure.audit.selftest import Mechanism, one_thread, run_audit
 from fedclip_secure.audit.setting import Setting
 from fedclip_secure.audit.trainer import MakeTrainer, as_by_hand, keys_fresh, noise_apart, noise_of_each, rehearse
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.dp import PrivateTrainer
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer
+from fedclip_secure.training.shared_parameters import read_shared
 from tests.audit import faults
 from tests.audit.plans import SIGMA, private_plan
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedclip_secure.audit.engine import TrainingEngine
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.audited_parts import TrainingEngine
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.audit.selftest import AuditResult, Mechanism, one_thread, run_audit
 from fedclip_secure.audit.setting import Setting
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.registry import METHODS, find_method
-from fedclip_secure.privacy.document import TESTS
-from fedclip_secure.privacy.software import code_sha256
+from fedclip_secure.privacy.report.document import TESTS
+from fedclip_secure.privacy.report.software import code_sha256
 from tests.audit.plans import SIGMA, private_plan
 
 

@@ -18,7 +18,7 @@ from fedclip_secure.aggregator.home import Home
 from fedclip_secure.aggregator.store import Member
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import FederationLock, write_lock
-from fedclip_secure.privacy.software import code_sha256, software
+from fedclip_secure.privacy.report.software import code_sha256, software
 from tests.config.test_lock import LOCK
 from tests.config.test_plan import PLAN
 

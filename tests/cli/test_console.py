@@ -21,8 +21,8 @@ from rich.table import Column, Table
 from fedclip_secure.aggregator.status import RunStatus, SiloStatus
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.pki.roster import readable_fingerprint
-from fedclip_secure.silo.attendance import Attendance
-from fedclip_secure.silo.train import Finished
+from fedclip_secure.silo.run.attendance import Attendance
+from fedclip_secure.silo.run.train import Finished
 from tests.federation.processes import ENVIRONMENT
 from tests.waiting import BOUND
 

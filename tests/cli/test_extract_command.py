@@ -18,7 +18,7 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import read_silo
 from fedclip_secure.features.progress import Progress
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.silo.pins import Accepted, save_accepted
+from fedclip_secure.silo.accepted import Accepted, save_accepted
 from fedclip_secure.training.prepare import prepare
 from tests.cli.test_agg_mistakes import refused, run
 

@@ -18,7 +18,7 @@ from fedclip_secure.config.silo import read_silo
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.extras import check_installed, install_command, lacking
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.silo.pins import Accepted, save_accepted
+from fedclip_secure.silo.accepted import Accepted, save_accepted
 from tests.config.test_lock import contract
 from tests.config.test_plan import PLAN
 from tests.waiting import BOUND
@@ -36,7 +36,7 @@ import_module(sys.argv[2]).main(sys.argv[3:], prog_name=sys.argv[2].replace("fed
 _ELSEWHERE = """
 import os, signal, sys
 from importlib import import_module
-import_module("fedclip_secure.privacy.verify"), import_module(sys.argv[2])
+import_module("fedclip_secure.privacy.verification.verify"), import_module(sys.argv[2])
 for name in [name for name in sys.modules if name.startswith("fedclip_")]:
     del sys.modules[name]
 sys.modules |= dict.fromkeys(sys.argv[1].split(","))

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 
 from fedclip_secure.config.plan import FederationPlan, MethodPlan, Optimizer
+from fedclip_secure.export.adapter_facts import KEPT_HOME
 from fedclip_secure.export.examples import EXAMPLES
-from fedclip_secure.export.facts import KEPT_HOME
 from tests.cli.test_silo_results import Home, make_home, photos
 from tests.waiting import BOUND
 

@@ -33,7 +33,7 @@ from fedclip_secure.config.lock import FederationLock, write_lock
 from fedclip_secure.config.silo import read_silo
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted
+from fedclip_secure.silo.accepted import Accepted, load_accepted, save_accepted
 from tests.cli.test_agg_mistakes import refused, run
 from tests.config.test_lock import LOCK
 from tests.waiting import BOUND

@@ -11,9 +11,9 @@ from fedclip_cli import agg, silo
 
 from fedclip_secure.config.silo import read_silo, write_silo
 from fedclip_secure.secagg.keys import AttemptSecrets
-from fedclip_secure.secagg.opening import reopen
+from fedclip_secure.secagg.opening_checks import reopen
 from fedclip_secure.secagg.silo_session import Stage
-from fedclip_secure.silo.journal import Journal, Step
+from fedclip_secure.silo.run.journal import Journal, Step
 from tests.aggregator.site import NAMES, Site
 from tests.cli.test_agg_mistakes import refused, run
 from tests.fakes import Federation

@@ -20,7 +20,7 @@ from fedclip_secure.config.plan import FederationPlan, MethodPlan
 from fedclip_secure.config.silo import read_silo
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.silo.pins import Accepted, save_accepted
+from fedclip_secure.silo.accepted import Accepted, save_accepted
 from fedclip_secure.training.prepare import prepare
 from tests.cli.test_agg_mistakes import refused, run
 

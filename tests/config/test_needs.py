@@ -10,9 +10,9 @@ import yaml
 
 from fedclip_secure.aggregator.home import init_home
 from fedclip_secure.config.fields import check
-from fedclip_secure.config.needs import NEEDS, unlisted, unmet
+from fedclip_secure.config.method_needs import NEEDS, unlisted, unmet
+from fedclip_secure.config.method_recipes import RECIPES
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.config.recipes import RECIPES
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.registry import METHODS, find_method
 from fedclip_secure.training.prepare import prepare

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedclip_secure.data.facts import ImageFacts, facts_of
+from fedclip_secure.data.decoding_memory import DECODING, Room, memory
 from fedclip_secure.data.image import decode_image
-from fedclip_secure.data.room import DECODING, Room, memory
+from fedclip_secure.data.image_facts import ImageFacts, facts_of
 from tests.data.test_dicom import dicom
 from tests.waiting import BOUND, wait_for
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedclip_secure.data.drawings import DRAWERS, SIZE, draw
+from fedclip_secure.data.drawn.drawings import DRAWERS, SIZE, draw
+from fedclip_secure.data.drawn.labs import CLASSES, FREQUENT, LABS, RARE, images, write_lab, write_labs
+from fedclip_secure.data.drawn.staining import random_look
 from fedclip_secure.data.folder import read_folder
-from fedclip_secure.data.looks import random_look
-from fedclip_secure.data.synthetic import CLASSES, FREQUENT, LABS, RARE, images, write_lab, write_labs
 from fedclip_secure.errors import DataError
 
 SEED = 100  # 0 to 4 are kept for the demo's acceptance
@@ -52,8 +52,8 @@ def test_a_lab_is_a_folder_that_the_silo_reads(birch: Path) -> None:
 
 
 def test_labs_are_written_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedclip_secure.data.synthetic.FREQUENT", 1)
-    monkeypatch.setattr("fedclip_secure.data.synthetic.RARE", 1)
+    monkeypatch.setattr("fedclip_secure.data.drawn.labs.FREQUENT", 1)
+    monkeypatch.setattr("fedclip_secure.data.drawn.labs.RARE", 1)
     write_labs(tmp_path, SEED)
     found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.png")}
     assert found == {f"{lab}/{kind}/000.png" for lab in LABS for kind in CLASSES}

@@ -17,7 +17,7 @@ from fedclip_secure.data.listing import LeftOut, Reason
 from fedclip_secure.data.sites import absent_classes, classes_in, folders_in
 from fedclip_secure.data.walk import walk
 from fedclip_secure.errors import DataError
-from fedclip_secure.training.predict import find_images
+from fedclip_secure.training.evaluation.predict import find_images
 from tests.data.test_folder import save
 
 CLASSES = ("cat", "dog")

@@ -9,7 +9,7 @@ import pytest
 
 from fedclip_secure.aggregator.home import Home
 from fedclip_secure.demo import reports
-from fedclip_secure.silo.pins import Accepted
+from fedclip_secure.silo.accepted import Accepted
 from tests.privacy.reports import Site
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fedclip_secure.config.fields import read_model
 from fedclip_secure.config.plan import FederationPlan
-from fedclip_secure.demo.scene import Options, check_data, check_options, set_scene, write_plan
+from fedclip_secure.demo.labs import Options, check_data, check_options, set_scene, write_plan
 from fedclip_secure.demo.settings import METHOD_NAMES, settings_of
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.methods.registry import METHODS, find_method

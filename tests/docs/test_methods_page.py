@@ -14,7 +14,7 @@ from fedclip_secure.config.plan import MethodPlan
 from fedclip_secure.config.yaml12 import read_yaml
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.methods.registry import METHODS, find_method
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.shared_parameters import read_shared
 from tests.docs.pages import blocks, spans
 from tests.federation.processes import ENVIRONMENT, ROOT
 

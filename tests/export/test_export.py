@@ -28,17 +28,17 @@ from fedclip_secure.config.silo import FolderData, SiloConfig
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.data.embeddings import read_text_features
 from fedclip_secure.errors import DataError
+from fedclip_secure.export.adapter_facts import KEPT_HOME, Facts, make_card, read_facts, write_card
 from fedclip_secure.export.card import model_card
 from fedclip_secure.export.examples import EXAMPLES, EXTERNAL, IMAGE_FEATURES, TEXT_FEATURES
-from fedclip_secure.export.facts import KEPT_HOME, Facts, make_card, read_facts, write_card
 from fedclip_secure.export.folder import write_export
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.privacy.accountant import epsilon
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.training.evaluate import batches, predictor
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.predict import predict
+from fedclip_secure.privacy.accounting.accountant import epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.training.evaluation.evaluate import batches, predictor
+from fedclip_secure.training.evaluation.predict import predict
+from fedclip_secure.training.local_training import LocalTrainer
 from fedclip_secure.training.prepare import prepare
 from tests.config.test_lock import LOCK, contract
 from tests.config.test_plan import PLAN, plan_with

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from fedclip_secure.config.lock import Contract
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import FolderData, SiloConfig
+from fedclip_secure.export.encoder_examples import INSIDE, example_of
 from fedclip_secure.export.examples import EXAMPLES
-from fedclip_secure.export.inside import INSIDE, example_of
 from fedclip_secure.methods.registry import METHODS
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.predict import predict
+from fedclip_secure.training.evaluation.predict import predict
 from tests.export.test_export import exported, plan_for, prepared, program
 from tests.waiting import BOUND
 

@@ -9,7 +9,7 @@ import torch
 
 from fedclip_secure.config.plan import OpenClipModel
 from fedclip_secure.errors import ConfigError, ModelError
-from fedclip_secure.features.batch import batch_size, fitting
+from fedclip_secure.features.batch_size import batch_size, fitting
 from fedclip_secure.features.encoder import Encoder, load_encoder, resolve
 
 MODEL = OpenClipModel(name="tower", pretrained="tower.safetensors", config="tower.json")

@@ -21,11 +21,11 @@ from fedclip_secure.data.dataset import FeatureSet, ImageFile
 from fedclip_secure.data.folder import read_folder
 from fedclip_secure.data.image import load_image
 from fedclip_secure.errors import ConfigError, DataError
-from fedclip_secure.features.broken import Broken
 from fedclip_secure.features.encoder import Encoder, load_encoder, resolve
 from fedclip_secure.features.extract import ExtractOptions, extract
 from fedclip_secure.features.progress import Progress
 from fedclip_secure.features.stage import FEATURES, Stage
+from fedclip_secure.features.unusable_images import Broken
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUR_AGO = time.time_ns() - 3_600_000_000_000

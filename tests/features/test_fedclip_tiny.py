@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 
 from fedclip_secure.config.plan import OpenClipModel
-from fedclip_secure.data.drawings import draw
-from fedclip_secure.data.looks import Look, render
-from fedclip_secure.data.synthetic import CLASSES, LABS
+from fedclip_secure.data.drawn.drawings import draw
+from fedclip_secure.data.drawn.labs import CLASSES, LABS
+from fedclip_secure.data.drawn.staining import Look, render
 from fedclip_secure.features.encoder import Encoder, load_encoder, resolve
 
 ASSETS = Path(str(files("fedclip_secure"))) / "assets" / "fedclip-tiny"

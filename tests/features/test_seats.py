@@ -11,7 +11,7 @@ from fedclip_secure.config.plan import OpenClipModel
 from fedclip_secure.data.dataset import FeatureSet, ImageFile
 from fedclip_secure.features.encoder import Encoder, resolve
 from fedclip_secure.features.extract import ExtractOptions, extract
-from fedclip_secure.features.seats import Seats
+from fedclip_secure.features.fixed_batches import Seats
 from fedclip_secure.features.stage import FEATURES, Stage
 
 KEYS = [bytes([number]) * 32 for number in range(200)]

@@ -36,12 +36,12 @@ from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.silo_session import SiloSession
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo import runner
-from fedclip_secure.silo.journal import Journal
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.outcome import fetch_course, save_adapters
-from fedclip_secure.silo.party import Party
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run import runner
+from fedclip_secure.silo.run.final_models import fetch_course, save_adapters
+from fedclip_secure.silo.run.journal import Journal
+from fedclip_secure.silo.run.link import Link
+from fedclip_secure.silo.run.party import Party
+from fedclip_secure.silo.run.runner import Runner
 from fedclip_secure.transport.client import Client, Patience
 from tests.waiting import BOUND
 

@@ -19,11 +19,11 @@ from fedclip_secure.config.silo import read_silo
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.ring import Words
-from fedclip_secure.silo import runner, train
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.pins import load_accepted
-from fedclip_secure.silo.runner import Runner
-from fedclip_secure.silo.stages import Stages
+from fedclip_secure.silo.accepted import load_accepted
+from fedclip_secure.silo.run import runner, train
+from fedclip_secure.silo.run.link import Link
+from fedclip_secure.silo.run.runner import Runner
+from fedclip_secure.silo.run.stages import Stages
 
 PAUSED = "paused"
 

@@ -17,17 +17,17 @@ from safetensors.numpy import load_file
 
 from fedclip_secure.aggregator.home import freeze, init_home
 from fedclip_secure.config.lock import write_lock
-from fedclip_secure.config.recipes import RECIPES
+from fedclip_secure.config.method_recipes import RECIPES
 from fedclip_secure.config.silo import FolderData, Policy, SiloConfig
-from fedclip_secure.data.drawings import draw
-from fedclip_secure.data.looks import render
-from fedclip_secure.data.synthetic import LABS
+from fedclip_secure.data.drawn.drawings import draw
+from fedclip_secure.data.drawn.labs import LABS
+from fedclip_secure.data.drawn.staining import render
 from fedclip_secure.demo.settings import METHOD_NAMES, method_block, settings_of
 from fedclip_secure.files import write_atomically
 from fedclip_secure.methods.registry import METHODS
-from fedclip_secure.silo.outcome import adapter_folder
-from fedclip_secure.silo.pins import Accepted
-from fedclip_secure.silo.train import take_part
+from fedclip_secure.silo.accepted import Accepted
+from fedclip_secure.silo.run.final_models import adapter_folder
+from fedclip_secure.silo.run.train import take_part
 from fedclip_secure.training.prepare import prepare
 from tests.aggregator.site import NAMES, Site, free_port
 from tests.waiting import BOUND

@@ -25,20 +25,20 @@ from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.privacy.document import sign_report
-from fedclip_secure.privacy.ledger import Ledger
-from fedclip_secure.privacy.receipts import Receipt
-from fedclip_secure.privacy.report import SiloFacts, report_body
+from fedclip_secure.privacy.ledger.ledger import Ledger
+from fedclip_secure.privacy.ledger.receipts import Receipt
+from fedclip_secure.privacy.report.document import sign_report
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
 from fedclip_secure.secagg import sealing
 from fedclip_secure.secagg.aggregator_session import AggregatorSession
 from fedclip_secure.secagg.messages import ServerAd, sign_message
-from fedclip_secure.secagg.opening import Opening, Position, check_opening
+from fedclip_secure.secagg.opening_checks import Opening, Position, check_opening
 from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.silo_session import ModelRecord, SiloSession
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.account import Account, cap_of, run_terms
-from fedclip_secure.silo.pins import Accepted
-from fedclip_secure.training.dp import PrivateTrainer
+from fedclip_secure.silo.accepted import Accepted
+from fedclip_secure.silo.run.privacy_account import Account, cap_of, run_terms
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer
 from tests.fakes import Federation
 
 WATCHED, OTHERS = "silo-000", ("silo-001", "silo-002")

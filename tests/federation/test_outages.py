@@ -13,7 +13,7 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from fedclip_secure.secagg.terms import threshold
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.runner import Runner
 from tests.aggregator.site import NAMES, Gate, Silos, Site, silos_of
 from tests.waiting import until
 

@@ -13,8 +13,8 @@ from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.discriminant import GRADIENT_NORM, Discriminant
 from fedclip_secure.methods.fedclip import FedClip
 from fedclip_secure.methods.zero_shot import zero_shot_logits
-from fedclip_secure.training.clipping import clipped_sum, shared_pass
-from fedclip_secure.training.shared import parameters_like, read_shared
+from fedclip_secure.training.private.clipping import clipped_sum, shared_pass
+from fedclip_secure.training.shared_parameters import parameters_like, read_shared
 
 Doubles = npt.NDArray[np.float64]
 CLASSES, DIM, EXTRA, SCALE = 5, 16, 4, 100.0

@@ -18,10 +18,10 @@ from fedclip_secure.features.encoder import Encoder, resolve
 from fedclip_secure.methods.base import Batch, Method
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.apart import check_records_apart
-from fedclip_secure.training.dp import PrivateTrainer, check_private
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.shared import load_shared, parameters_like, read_shared
+from fedclip_secure.training.local_training import LocalTrainer
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer, check_private
+from fedclip_secure.training.private.independence import check_records_apart
+from fedclip_secure.training.shared_parameters import load_shared, parameters_like, read_shared
 from tests.training.dp_models import make_plan
 
 CPU, LR, LENGTH = torch.device("cpu"), 0.05, 4

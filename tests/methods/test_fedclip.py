@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.config.plan import MethodPlan
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.errors import ConfigError
@@ -15,8 +15,8 @@ from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.fedclip import FedClip
 from fedclip_secure.methods.registry import METHODS, find_method
 from fedclip_secure.methods.zero_shot import zero_shot_logits
-from fedclip_secure.privacy import wording
-from fedclip_secure.training.shared import parameters_like
+from fedclip_secure.privacy.report import wording
+from fedclip_secure.training.shared_parameters import parameters_like
 from tests.audit.plans import private_plan
 
 Loss = Literal["cross_entropy", "inbatch"]

@@ -24,11 +24,11 @@ from fedclip_secure.methods.feddat import DualAdapters
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.methods.zero_shot import zero_shot_logits
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.apart import check_records_apart
-from fedclip_secure.training.dp import PrivateTrainer, check_private
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.private_state import PrivateState
-from fedclip_secure.training.shared import parameters_like, read_shared
+from fedclip_secure.training.local_training import LocalTrainer
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer, check_private
+from fedclip_secure.training.private.independence import check_records_apart
+from fedclip_secure.training.shared_parameters import parameters_like, read_shared
+from fedclip_secure.training.unshared_state import PrivateState
 from tests.training.dp_models import make_plan
 
 CPU, RECORDS, CLASSES, LR = torch.device("cpu"), 9, 5, 0.05

@@ -23,8 +23,8 @@ from fedclip_secure.features.encoder import Encoder, resolve
 from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.registry import METHODS, find_method
 from fedclip_secure.methods.zero_shot import zero_shot_logits
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.shared import load_shared, parameters_like, read_shared
+from fedclip_secure.training.local_training import LocalTrainer
+from fedclip_secure.training.shared_parameters import load_shared, parameters_like, read_shared
 
 CPU = torch.device("cpu")
 CLASSES, PHRASES = ("dog", "cat", "hat"), ("a dog", "a small cat", "hat")

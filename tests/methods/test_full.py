@@ -15,8 +15,8 @@ from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.features.encoder import Encoder, resolve
 from fedclip_secure.features.stage import Stage
 from fedclip_secure.methods.registry import find_method
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.local_training import LocalTrainer
+from fedclip_secure.training.shared_parameters import read_shared
 
 CPU, LR, COUNT = torch.device("cpu"), 0.05, 6
 CLASSES, TEMPLATES = ("dog", "cat", "hat"), ("a picture of a {}", "a drawing of a {}")

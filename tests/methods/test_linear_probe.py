@@ -12,7 +12,7 @@ from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.linear_probe import LinearProbe
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.methods.zero_shot import zero_shot_logits
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.shared_parameters import read_shared
 
 SCALE = 100.0
 PROBE = LinearProbe(loss="cross_entropy")

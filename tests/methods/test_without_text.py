@@ -21,9 +21,9 @@ from fedclip_secure.features.encoder import Encoder, resolve
 from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.fedtune import VISUAL_ARMS
 from fedclip_secure.methods.registry import METHODS, check_reads, find_method
-from fedclip_secure.training.apart import check_records_apart
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.shared import load_shared, parameters_like, read_shared
+from fedclip_secure.training.local_training import LocalTrainer
+from fedclip_secure.training.private.independence import check_records_apart
+from fedclip_secure.training.shared_parameters import load_shared, parameters_like, read_shared
 
 CPU = torch.device("cpu")
 CLASSES = ("dog", "cat", "hat")

@@ -12,8 +12,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedclip_secure.pki.keys import SigningKey
-from fedclip_secure.privacy.ledger import Ledger
-from fedclip_secure.privacy.terms import RunTerms
+from fedclip_secure.privacy.ledger.ledger import Ledger
+from fedclip_secure.privacy.ledger.run_terms import RunTerms
 
 START = 1_800_000_000  # seconds since 1970
 KEYS = {silo: SigningKey(Ed25519PrivateKey.generate()) for silo in ("lab-a", "lab-b")}  # two identities of one house

@@ -15,16 +15,16 @@ from fedclip_secure.config.lock import Contract, FederationLock
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.roster import Roster
+from fedclip_secure.privacy.accounting.privacy_filter import Cap
+from fedclip_secure.privacy.accounting.releases import RELEASES
 from fedclip_secure.privacy.canonical_json import decode, encode
-from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.document import TESTS, Attack, Audit, Limit, Rates, SelfTest, SiloReport
-from fedclip_secure.privacy.entries import HOUR, SignedEntry
-from fedclip_secure.privacy.federation_report import FederationFacts, combine
-from fedclip_secure.privacy.ledger import Ledger, OpenRun
-from fedclip_secure.privacy.receipts import Receipt
-from fedclip_secure.privacy.releases import RELEASES
-from fedclip_secure.privacy.report import SiloFacts, report_body, sign_report
-from fedclip_secure.privacy.terms import RunTerms
+from fedclip_secure.privacy.ledger.entries import HOUR, SignedEntry
+from fedclip_secure.privacy.ledger.ledger import Ledger, OpenRun
+from fedclip_secure.privacy.ledger.receipts import Receipt
+from fedclip_secure.privacy.ledger.run_terms import RunTerms
+from fedclip_secure.privacy.report.document import TESTS, Attack, Audit, Limit, Rates, SelfTest, SiloReport
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body, sign_report
+from fedclip_secure.privacy.verification.federation_report import FederationFacts, combine
 
 SILOS = ("birch", "cedar", "oak")
 NOW = 1_790_000_000

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.privacy.accountant import (
+from fedclip_secure.privacy.accounting.accountant import (
     Adjacency,
     delta_at,
     epsilon,
     epsilon_of_group,
     noise_multiplier,
 )
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.rdp import rdp_epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.accounting.rdp import rdp_epsilon
 
 DELTA = 1e-5
 FIRST = Event(1.0, 64 / 1200, 200)  # 1,200 records

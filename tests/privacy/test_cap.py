@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.privacy.accountant import epsilon
-from fedclip_secure.privacy.cap import ORDERS, Cap
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.rdp import to_epsilon
+from fedclip_secure.privacy.accounting.accountant import epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.accounting.privacy_filter import ORDERS, Cap
+from fedclip_secure.privacy.accounting.rdp import to_epsilon
 
 FIRST = Event(1.0, 64 / 1200, 200)
 ROUND = Event(1.0, 64 / 1200, 20)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fedclip_secure.privacy.assumptions import assumptions
-from fedclip_secure.privacy.document import FIRST_TESTS, Audit, RoundModel
-from fedclip_secure.privacy.entries import HOUR
-from fedclip_secure.privacy.report import History, evidence
+from fedclip_secure.privacy.ledger.entries import HOUR
+from fedclip_secure.privacy.report.assumptions import assumptions
+from fedclip_secure.privacy.report.document import FIRST_TESTS, Audit, RoundModel
+from fedclip_secure.privacy.report.silo_report import History, evidence
 from tests.privacy.reports import AUDIT, contract
 from tools import verify_report
 

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedclip_secure.errors import TrustError
 from fedclip_secure.pki.keys import SigningKey
 from fedclip_secure.privacy.canonical_json import encode
-from fedclip_secure.privacy.entries import (
+from fedclip_secure.privacy.ledger.entries import (
     FIRST,
     Begin,
     Clock,

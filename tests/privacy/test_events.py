@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.privacy.events import Event, merged
+from fedclip_secure.privacy.accounting.events import Event, merged
 from tests.waiting import BOUND
 
 

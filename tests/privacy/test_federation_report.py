@@ -9,11 +9,11 @@ import pytest
 
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
-from fedclip_secure.privacy.accountant import epsilon
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.federation_report import FederationFacts, combine
-from fedclip_secure.privacy.report import SiloFacts, report_body
-from fedclip_secure.privacy.verify import verify
+from fedclip_secure.privacy.accounting.accountant import epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
+from fedclip_secure.privacy.verification.federation_report import FederationFacts, combine
+from fedclip_secure.privacy.verification.verify import verify
 from tests.privacy.reports import NOW, SILOS, Site, body_of, plain_contract, rewrite
 
 Body = dict[str, Any]

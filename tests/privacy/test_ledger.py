@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import ConfigError, DataError, FedClipError, PolicyError, TrustError
-from fedclip_secure.privacy.accountant import epsilon
-from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.entries import FIRST, Begin, Data, Reserve, Settle, SignedEntry, chain_of
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.ledger import Ledger
+from fedclip_secure.privacy.accounting.accountant import epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.accounting.privacy_filter import Cap
+from fedclip_secure.privacy.ledger.entries import FIRST, Begin, Data, Reserve, Settle, SignedEntry, chain_of
+from fedclip_secure.privacy.ledger.ledger import Ledger
 from tests.privacy.books import KEYS, START, TERMS, Books, terms, units
 from tests.waiting import BOUND
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import DataError, FedClipError, TrustError
-from fedclip_secure.privacy import ledger_file
-from fedclip_secure.privacy.entries import chain_of
+from fedclip_secure.privacy.ledger import storage
+from fedclip_secure.privacy.ledger.entries import chain_of
 from tests.disk import file_limit
 from tests.privacy.books import TERMS, Books, terms, units
 from tests.users import give_away, without_privileges
@@ -242,7 +242,7 @@ def test_what_may_not_be_used_is_named_before_anything_is_spent(used: Books, mod
 def test_process_that_holds_the_ledger_for_long_is_waited_for_and_then_named(
     used: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_file, "_PATIENCE", 0.2)
+    monkeypatch.setattr(storage, "_PATIENCE", 0.2)
     first, before = used.open(), used.files()
     with contextlib.closing(sqlite3.connect(used.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

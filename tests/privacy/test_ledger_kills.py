@@ -8,8 +8,8 @@ import os
 import signal
 from pathlib import Path
 
-from fedclip_secure.privacy.entries import Begin, Data, Reserve, Settle, chain_of
-from fedclip_secure.privacy.ledger import Ledger, OpenRun
+from fedclip_secure.privacy.ledger.entries import Begin, Data, Reserve, Settle, chain_of
+from fedclip_secure.privacy.ledger.ledger import Ledger, OpenRun
 from tests.federation import failpoints
 from tests.privacy.books import Books, terms, units
 from tests.waiting import BOUND

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import PolicyError
-from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.entries import chain_of
-from fedclip_secure.privacy.ledger import Ledger, OpenRun
+from fedclip_secure.privacy.accounting.privacy_filter import Cap
+from fedclip_secure.privacy.ledger.entries import chain_of
+from fedclip_secure.privacy.ledger.ledger import Ledger, OpenRun
 from tests.federation import failpoints
 from tests.privacy.books import Books, terms, units
 from tests.privacy.test_ledger_kills import lines

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fedclip_secure.errors import ConfigError, DataError, PolicyError
-from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.entries import Data, Reserve, Settle, chain_of
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.ledger import OpenRun, Reservation
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.accounting.privacy_filter import Cap
+from fedclip_secure.privacy.ledger.entries import Data, Reserve, Settle, chain_of
+from fedclip_secure.privacy.ledger.ledger import OpenRun, Reservation
 from tests.privacy.books import Books, terms, units
 
 MEMORY = Path("/dev/shm")  # noqa: S108  # thousands of writes, each to the disk's own pace

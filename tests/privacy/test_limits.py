@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedclip_secure.privacy.cap import Cap
-from fedclip_secure.privacy.document import Limit
-from fedclip_secure.privacy.entries import Limited, chain_of
-from fedclip_secure.privacy.ledger import Ledger
-from fedclip_secure.privacy.page import render_page
-from fedclip_secure.privacy.report import report_body
+from fedclip_secure.privacy.accounting.privacy_filter import Cap
+from fedclip_secure.privacy.ledger.entries import Limited, chain_of
+from fedclip_secure.privacy.ledger.ledger import Ledger
+from fedclip_secure.privacy.page.page import render_page
+from fedclip_secure.privacy.report.document import Limit
+from fedclip_secure.privacy.report.silo_report import report_body
 from tests.privacy.books import TERMS, Books, terms, units
 from tests.privacy.reports import Site, contract, rewrite
 from tests.privacy.test_verifiers_agree import judgement

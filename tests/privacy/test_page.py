@@ -13,18 +13,18 @@ import pytest
 
 from fedclip_secure.errors import TrustError
 from fedclip_secure.names import AGGREGATOR
-from fedclip_secure.privacy.curves import Curve, most_true_positives, over_rounds, profile, surely_reached
-from fedclip_secure.privacy.document import TESTS, Attack, Estimate, Limit, Rates
-from fedclip_secure.privacy.entries import HOUR
-from fedclip_secure.privacy.output import write_report
-from fedclip_secure.privacy.page import render_page
-from fedclip_secure.privacy.parties import Cost, most_hurt, parties
-from fedclip_secure.privacy.planned import PlannedRun
-from fedclip_secure.privacy.receipts import open_receipt
-from fedclip_secure.privacy.report import SiloFacts, report_body
-from fedclip_secure.privacy.verify import verify
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.ledger.entries import HOUR
+from fedclip_secure.privacy.ledger.receipts import open_receipt
+from fedclip_secure.privacy.page.curves import Curve, most_true_positives, over_rounds, profile, surely_reached
+from fedclip_secure.privacy.page.output import write_report
+from fedclip_secure.privacy.page.page import render_page
+from fedclip_secure.privacy.report.document import TESTS, Attack, Estimate, Limit, Rates
+from fedclip_secure.privacy.report.parties import Cost, most_hurt, parties
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
+from fedclip_secure.privacy.verification.verify import verify
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.pins import Accepted
+from fedclip_secure.silo.accepted import Accepted
 from fedclip_secure.silo.report import load_audit
 from tests.privacy.reports import AUDIT, CODE, NOW, Site, body_of, contract, plain_contract, replace
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclip_secure.errors import ConfigError
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.rdp import least_noise, rdp, rdp_epsilon, to_epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.accounting.rdp import least_noise, rdp, rdp_epsilon, to_epsilon
 
 DELTA = 1e-5
 

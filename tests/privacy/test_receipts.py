@@ -6,7 +6,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedclip_secure import canonical
 from fedclip_secure.errors import TrustError
 from fedclip_secure.pki.keys import SigningKey
-from fedclip_secure.privacy.receipts import Receipt, open_receipt
+from fedclip_secure.privacy.ledger.receipts import Receipt, open_receipt
 
 KEY, OTHER = (SigningKey(Ed25519PrivateKey.generate()) for _ in range(2))
 RECEIPT = Receipt(plan=b"p" * 32, roster=b"r" * 32, silo="lab-a", round=3, attempt=4, head=b"h" * 32)

@@ -18,10 +18,10 @@ from fedclip_secure.methods.registry import METHODS, find_method
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.pki.keys import SigningKey
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.privacy.document import Agreement, as_data
-from fedclip_secure.privacy.planned import PlannedRun
-from fedclip_secure.privacy.releases import RELEASES
-from fedclip_secure.privacy.report import SiloFacts, report_body
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.accounting.releases import RELEASES
+from fedclip_secure.privacy.report.document import Agreement, as_data
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
 from fedclip_secure.secagg.terms import Terms
 from fedclip_secure.silo.policy import check_policy
 from tests.aggregator.site import Site as Federation

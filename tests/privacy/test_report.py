@@ -10,13 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from fedclip_secure.errors import ConfigError, TrustError
-from fedclip_secure.privacy.accountant import epsilon
-from fedclip_secure.privacy.document import TESTS, Attack, Audit, Estimate, Limit, SelfTest, json_schema
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.figures import tolerance
-from fedclip_secure.privacy.report import SiloFacts, report_body
-from fedclip_secure.privacy.verify import verify
-from fedclip_secure.privacy.wording import small, times
+from fedclip_secure.privacy.accounting.accountant import epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.report.document import TESTS, Attack, Audit, Estimate, Limit, SelfTest, json_schema
+from fedclip_secure.privacy.report.figures import tolerance
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
+from fedclip_secure.privacy.report.wording import small, times
+from fedclip_secure.privacy.verification.verify import verify
 from tests.privacy.reports import AUDIT, NOW, Site, contract, plain_contract
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ import pytest
 from fedclip_secure import canonical
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.privacy.canonical_json import decode, encode
-from fedclip_secure.privacy.document import Estimate, Limit
-from fedclip_secure.privacy.entries import SignedEntry
-from fedclip_secure.privacy.report import SiloFacts, report_body
-from fedclip_secure.privacy.verify import verify
+from fedclip_secure.privacy.ledger.entries import SignedEntry
+from fedclip_secure.privacy.report.document import Estimate, Limit
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
+from fedclip_secure.privacy.verification.verify import verify
 from tests.privacy.reports import AUDIT, KINDS, NOW, Site, body_of, plain_contract, replace, rewrite
 from tests.privacy.test_federation_report import EDITS as FEDERATION_EDITS
 from tests.privacy.test_verify import EDITS, every

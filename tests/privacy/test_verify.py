@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedclip_secure.names import AGGREGATOR
+from fedclip_secure.privacy.accounting.empirical_epsilon import epsilon_at_least
 from fedclip_secure.privacy.canonical_json import encode
-from fedclip_secure.privacy.document import Limit
-from fedclip_secure.privacy.one_run import epsilon_at_least
-from fedclip_secure.privacy.report import SiloFacts, report_body
-from fedclip_secure.privacy.verdict import Verdict
-from fedclip_secure.privacy.verify import read_report, verify
-from fedclip_secure.privacy.verify_silo import Expected
+from fedclip_secure.privacy.report.document import Limit
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
+from fedclip_secure.privacy.verification.silo_checks import Expected
+from fedclip_secure.privacy.verification.verdict import Verdict
+from fedclip_secure.privacy.verification.verify import read_report, verify
 from tests.privacy.reports import AUDIT, NOW, Site, body_of, contract, plain_contract, replace, rewrite
 
 Body = dict[str, Any]
@@ -179,7 +179,7 @@ def other_plan(body: Body, site: Site) -> None:
 
 def receipt_of(silo: str, agreed: object = None) -> Callable[[Body, Site], None]:
     def edit(body: Body, site: Site) -> None:
-        from fedclip_secure.privacy.entries import SignedEntry
+        from fedclip_secure.privacy.ledger.entries import SignedEntry
 
         head = SignedEntry(encode(body["ledger"]["entries"][-1]["entry"]), b"").hash
         body["ledger"]["receipts"][-1] = site.receipt(head, 5, silo).hex()
@@ -188,7 +188,7 @@ def receipt_of(silo: str, agreed: object = None) -> Callable[[Body, Site], None]
 
 
 def forged_receipt(body: Body, site: Site) -> None:
-    from fedclip_secure.privacy.receipts import Receipt
+    from fedclip_secure.privacy.ledger.receipts import Receipt
 
     made = Receipt(plan=bytes(32), roster=bytes(32), silo="oak", round=5, attempt=5, head=bytes(32))
     body["ledger"]["receipts"][-1] = made.signed(site.keys["oak"].sign).hex()

@@ -9,8 +9,8 @@ from pathlib import Path
 from click.testing import CliRunner
 from fedclip_cli import silo
 
-from fedclip_secure.privacy.page import render_page
-from fedclip_secure.privacy.report import report_body
+from fedclip_secure.privacy.page.page import render_page
+from fedclip_secure.privacy.report.silo_report import report_body
 from tests.privacy.reports import AUDIT, Site, replace
 from tools import verify_report
 

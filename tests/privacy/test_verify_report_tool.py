@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from dp_accounting.pld.privacy_loss_distribution import NeighborRel, from_gaussian_mechanism
 
-from fedclip_secure.privacy.accountant import epsilon, epsilon_of_group
-from fedclip_secure.privacy.document import Estimate, Limit
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.rdp import rdp_epsilon
-from fedclip_secure.privacy.report import SiloFacts, report_body
+from fedclip_secure.privacy.accounting.accountant import epsilon, epsilon_of_group
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.accounting.rdp import rdp_epsilon
+from fedclip_secure.privacy.report.document import Estimate, Limit
+from fedclip_secure.privacy.report.silo_report import SiloFacts, report_body
 from tests.privacy.reports import AUDIT, NOW, Site, body_of, plain_contract, replace
 from tests.privacy.test_verify import EDITS
 from tests.privacy.texts import texts

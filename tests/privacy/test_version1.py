@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.privacy.canonical_json import decode
-from fedclip_secure.privacy.document import SiloReport
-from fedclip_secure.privacy.federation_report import FederationFacts, combine
-from fedclip_secure.privacy.page import render_page
-from fedclip_secure.privacy.report import report_body
-from fedclip_secure.privacy.verify import verify
+from fedclip_secure.privacy.page.page import render_page
+from fedclip_secure.privacy.report.document import SiloReport
+from fedclip_secure.privacy.report.silo_report import report_body
+from fedclip_secure.privacy.verification.federation_report import FederationFacts, combine
+from fedclip_secure.privacy.verification.verify import verify
 from tests.privacy.reports import AUDIT, NOW, Site, body_of, replace
 from tools import verify_report
 

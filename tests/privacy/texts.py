@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedclip_secure.privacy import assumptions, wording
-from fedclip_secure.privacy.document import Assumption, Note, Scope, as_data
+from fedclip_secure.privacy.report import assumptions, wording
+from fedclip_secure.privacy.report.document import Assumption, Note, Scope, as_data
 from tools.verify_report import text_hash
 
 

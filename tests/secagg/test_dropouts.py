@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from fedclip_secure.errors import ProtocolError
-from fedclip_secure.secagg.outcome import Outcome
+from fedclip_secure.secagg.next_model import Outcome
 from tests.fakes import Attempt, Federation
 from tests.secagg.lies import advance, before
 

@@ -21,7 +21,7 @@ from fedclip_secure.secagg.messages import (
     decode_body,
     open_message,
 )
-from fedclip_secure.secagg.opening import Position, check_opening
+from fedclip_secure.secagg.opening_checks import Position, check_opening
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, SiloSession, Stage
 from tests.fakes import Attempt, Federation
 from tests.secagg.lies import (

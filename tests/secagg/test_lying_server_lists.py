@@ -9,7 +9,7 @@ import pytest
 from fedclip_secure import canonical
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.secagg.messages import Agree, Body, Upload
-from fedclip_secure.secagg.opening import Position, check_opening
+from fedclip_secure.secagg.opening_checks import Position, check_opening
 from tests.fakes import Attempt, Federation
 from tests.secagg.lies import advance, before, replaced, signed, signed_with, under_a_lying_server
 

@@ -11,7 +11,7 @@ import pytest
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.secagg.keys import pair_commitment
 from fedclip_secure.secagg.messages import SumProof, SurvivorPairs, vector_hash
-from fedclip_secure.secagg.opening import Position, check_opening
+from fedclip_secure.secagg.opening_checks import Position, check_opening
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.unmasking import Revealed, masks_left, unmask_sum
 from tests.fakes import Attempt, Federation

@@ -25,7 +25,7 @@ from fedclip_secure.secagg.messages import (
     sign_message,
     vector_hash,
 )
-from fedclip_secure.secagg.opening import Position, check_opening
+from fedclip_secure.secagg.opening_checks import Position, check_opening
 from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.silo_session import SiloSession
 from fedclip_secure.secagg.terms import Terms, threshold

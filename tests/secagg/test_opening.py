@@ -11,7 +11,7 @@ from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.secagg.messages import Result, ServerAd, base_hash
-from fedclip_secure.secagg.opening import Opening, Position, check_opening, check_results
+from fedclip_secure.secagg.opening_checks import Opening, Position, check_opening, check_results
 from fedclip_secure.secagg.sealing import SealKey
 from tests.fakes import Federation
 from tests.secagg.lies import signed

@@ -7,7 +7,7 @@ import pytest
 
 from fedclip_secure.errors import ModelError
 from fedclip_secure.model.state import AdapterState, Floats
-from fedclip_secure.secagg.outcome import compute_outcome
+from fedclip_secure.secagg.next_model import compute_outcome
 from fedclip_secure.secagg.ring import Words
 from tests.fakes import Federation
 

@@ -17,7 +17,7 @@ from fedclip_secure.secagg import messages, shamir
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.keys import Peer, self_commitment
 from fedclip_secure.secagg.messages import SumProof, decode_body
-from fedclip_secure.secagg.outcome import Outcome
+from fedclip_secure.secagg.next_model import Outcome
 from fedclip_secure.secagg.ring import FixedPoint, VectorLayout, Words, read_total
 from fedclip_secure.secagg.silo_session import SiloSession
 from fedclip_secure.secagg.unmasking import Revealed, masks_left, unmask_sum

@@ -23,7 +23,7 @@ from fedclip_secure.secagg import keys, masks, shamir
 from fedclip_secure.secagg.aggregator_session import AggregatorSession
 from fedclip_secure.secagg.keys import AttemptSecrets, Peer, SeedKeys
 from fedclip_secure.secagg.messages import SumProof, decode_body, vector_hash
-from fedclip_secure.secagg.opening import Opening, Position, check_opening
+from fedclip_secure.secagg.opening_checks import Opening, Position, check_opening
 from fedclip_secure.secagg.ring import FixedPoint, VectorLayout, Words
 from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.silo_session import ModelRecord, Shares, SiloSession

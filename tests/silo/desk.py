@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedclip_secure.pki.epoch import Epoch
+from fedclip_secure.pki.epoch_file import Epoch
 from fedclip_secure.secagg.keys import AttemptSecrets
-from fedclip_secure.secagg.opening import Opening, reopen
+from fedclip_secure.secagg.opening_checks import Opening, reopen
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import Stage
-from fedclip_secure.silo.journal import Journal, SavedAttempt, Step
+from fedclip_secure.silo.run.journal import Journal, SavedAttempt, Step
 from tests.fakes import Federation
 
 STAGES = tuple(Stage)[1:]  # those that are steps

@@ -15,7 +15,7 @@ from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.messages import SumProof
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.link import LeftOutError
+from fedclip_secure.silo.run.link import LeftOutError
 from fedclip_secure.transport.messages import OpeningAnswer, SharesAnswer, WireList, parse
 from tests.fakes import Federation
 from tests.secagg.lies import LyingServer

@@ -16,17 +16,17 @@ import numpy.typing as npt
 from fedclip_secure.data.dataset import Counts
 from fedclip_secure.errors import ProtocolError
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.pki.epoch import Epoch
+from fedclip_secure.pki.epoch_file import Epoch
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.aggregator_session import AggregatorSession, Asked, Phase
 from fedclip_secure.secagg.messages import SumProof
-from fedclip_secure.secagg.opening import reopen
+from fedclip_secure.secagg.opening_checks import reopen
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.journal import Journal
-from fedclip_secure.silo.link import LeftOutError, Link
-from fedclip_secure.silo.party import Party
-from fedclip_secure.silo.runner import Runner
+from fedclip_secure.silo.run.journal import Journal
+from fedclip_secure.silo.run.link import LeftOutError, Link
+from fedclip_secure.silo.run.party import Party
+from fedclip_secure.silo.run.runner import Runner
 from fedclip_secure.transport.messages import OpeningAnswer, SharesAnswer, SharesRequest, WireList, parse
 from tests.fakes import Federation
 from tests.silo.desk import OPENED

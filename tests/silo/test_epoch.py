@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedclip_secure.errors import DataError, TrustError
-from fedclip_secure.pki.epoch import Epoch
+from fedclip_secure.pki.epoch_file import Epoch
 from fedclip_secure.secagg.keys import AttemptSecrets
 from fedclip_secure.secagg.silo_session import Stage
-from fedclip_secure.silo.journal import Journal
-from fedclip_secure.silo.recovery import look, recover
+from fedclip_secure.silo.run.journal import Journal
+from fedclip_secure.silo.run.recovery import look, recover
 from tests.fakes import Federation
 from tests.silo.desk import AGREED, STAGES, Desk, up_to
 from tests.silo.memory import Hold, Hub, Leaves, Silo, run_with_kills, silos

@@ -14,11 +14,11 @@ import pytest
 
 from fedclip_secure.disk import user_name
 from fedclip_secure.errors import DataError
-from fedclip_secure.pki.epoch import Epoch
+from fedclip_secure.pki.epoch_file import Epoch
 from fedclip_secure.secagg.keys import AttemptSecrets
-from fedclip_secure.secagg.opening import Position
+from fedclip_secure.secagg.opening_checks import Position
 from fedclip_secure.secagg.silo_session import Stage
-from fedclip_secure.silo.journal import DamagedJournalError, Journal
+from fedclip_secure.silo.run.journal import DamagedJournalError, Journal
 from tests.disk import file_limit
 from tests.fakes import Federation
 from tests.silo.desk import AGREED, STAGES, Desk, step_of, up_to
@@ -462,7 +462,7 @@ _SECOND = """
 import sys
 from pathlib import Path
 from fedclip_secure.errors import DataError
-from fedclip_secure.silo.journal import Journal
+from fedclip_secure.silo.run.journal import Journal
 try:
     Journal(Path(sys.argv[1]), Path(sys.argv[2]))
 except DataError as error:

@@ -16,7 +16,7 @@ from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.secagg.ring import VectorLayout
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.link import LeftOutError, Link, present
+from fedclip_secure.silo.run.link import LeftOutError, Link, present
 from fedclip_secure.transport.bodies import Chunks
 from fedclip_secure.transport.client import MAX_BODY, Client
 from fedclip_secure.transport.faults import Answer

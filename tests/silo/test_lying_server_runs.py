@@ -16,8 +16,8 @@ from fedclip_secure.pki.roster import Roster
 from fedclip_secure.secagg.aggregator_session import Phase
 from fedclip_secure.secagg.messages import KeyAd, Result, ServerAd, SumProof, by_sender, open_message, vector_hash
 from fedclip_secure.secagg.ring import Words
-from fedclip_secure.silo.journal import Drawn
-from fedclip_secure.silo.link import LeftOutError
+from fedclip_secure.silo.run.journal import Drawn
+from fedclip_secure.silo.run.link import LeftOutError
 from fedclip_secure.transport.messages import OpeningAnswer
 from tests.fakes import Federation
 from tests.secagg.lies import signed, signed_with

@@ -12,12 +12,12 @@ from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import Contract, FederationLock
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.errors import ConfigError, DataError, ModelError, ProtocolError
-from fedclip_secure.model.points import ModelPoint, best_of
+from fedclip_secure.model.round_models import ModelPoint, best_of
 from fedclip_secure.model.state import AdapterState
 from fedclip_secure.secagg.messages import Result, sign_message
 from fedclip_secure.secagg.terms import Terms
-from fedclip_secure.silo.link import Link
-from fedclip_secure.silo.outcome import Course, fetch_course, load_adapter, read_models, save_adapters
+from fedclip_secure.silo.run.final_models import Course, fetch_course, load_adapter, read_models, save_adapters
+from fedclip_secure.silo.run.link import Link
 from tests.config.test_lock import LOCK
 from tests.config.test_plan import PLAN
 from tests.fakes import Federation

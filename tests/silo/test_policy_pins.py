@@ -14,7 +14,7 @@ from fedclip_secure.errors import DataError, PolicyError, TrustError
 from fedclip_secure.pki.identity import Identity
 from fedclip_secure.pki.keys import SigningKey
 from fedclip_secure.pki.roster import Roster
-from fedclip_secure.silo.pins import (
+from fedclip_secure.silo.accepted import (
     Accepted,
     check_own_key,
     check_same,

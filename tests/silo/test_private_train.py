@@ -26,12 +26,16 @@ from fedclip_secure.config.lock import write_lock
 from fedclip_secure.config.silo import FolderData, ManifestData, Patients, SiloConfig
 from fedclip_secure.errors import ConfigError, DataError, PolicyError, TrustError
 from fedclip_secure.files import write_atomically
-from fedclip_secure.privacy.entries import Begin, Clock, Data, End, Reserve, Settle, chain_of
-from fedclip_secure.privacy.ledger import Ledger
-from fedclip_secure.privacy.planned import PlannedRun
-from fedclip_secure.privacy.software import code_sha256
-from fedclip_secure.privacy.verify import verify
-from fedclip_secure.silo.account import (
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.ledger.entries import Begin, Clock, Data, End, Reserve, Settle, chain_of
+from fedclip_secure.privacy.ledger.ledger import Ledger
+from fedclip_secure.privacy.report.software import code_sha256
+from fedclip_secure.privacy.verification.verify import verify
+from fedclip_secure.silo.accepted import Accepted, load_accepted, save_accepted
+from fedclip_secure.silo.receipts import read_receipts
+from fedclip_secure.silo.report import make_report
+from fedclip_secure.silo.run.final_models import adapter_folder
+from fedclip_secure.silo.run.privacy_account import (
     Account,
     about_ledger,
     about_place,
@@ -43,11 +47,7 @@ from fedclip_secure.silo.account import (
     open_ledger,
     run_terms,
 )
-from fedclip_secure.silo.outcome import adapter_folder
-from fedclip_secure.silo.pins import Accepted, load_accepted, save_accepted
-from fedclip_secure.silo.receipts import read_receipts
-from fedclip_secure.silo.report import make_report
-from fedclip_secure.silo.train import take_part
+from fedclip_secure.silo.run.train import take_part
 from fedclip_secure.training.inputs import load_inputs
 from fedclip_secure.training.prepare import prepare
 from tests.aggregator.site import NAMES, Site, free_port

@@ -17,7 +17,7 @@ from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.messages import Agree, KeyAd, Result, open_message, sign_message
 from fedclip_secure.secagg.ring import FixedPoint
 from fedclip_secure.secagg.silo_session import Stage
-from fedclip_secure.silo.link import LeftOutError
+from fedclip_secure.silo.run.link import LeftOutError
 from fedclip_secure.transport.messages import OpeningAnswer
 from tests.fakes import Federation
 from tests.silo.careless import CarelessSession

@@ -24,8 +24,8 @@ from fedclip_secure.secagg.aggregator_session import AggregatorSession, Phase
 from fedclip_secure.secagg.messages import Upload, by_sender, survivors_hash
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.silo_session import Stage
-from fedclip_secure.silo.journal import Drawn, Journal, Step
-from fedclip_secure.silo.link import LeftOutError
+from fedclip_secure.silo.run.journal import Drawn, Journal, Step
+from fedclip_secure.silo.run.link import LeftOutError
 from fedclip_secure.transport.messages import WireList, parse
 from tests.fakes import Federation
 from tests.silo.careless import CarelessSession

@@ -9,8 +9,8 @@ import yaml
 from fedclip_secure.config.silo import FolderData
 from fedclip_secure.errors import ConfigError
 from fedclip_secure.simulate import sources
-from fedclip_secure.simulate.cells import cells_of, digest_of, label_of, plan_of
 from fedclip_secure.simulate.experiment import EmbeddingSites, FolderSites, encoder_of, read_experiment
+from fedclip_secure.simulate.experiment_cells import cells_of, digest_of, label_of, plan_of
 from tests.simulate.worlds import CLASSES, SITES, experiment, write_experiment
 
 PRIVACY = {

@@ -19,13 +19,13 @@ from fedclip_cli.agg import main
 
 from fedclip_secure.errors import DataError
 from fedclip_secure.methods.fedclip import FedClip
-from fedclip_secure.simulate.cells import cells_of, label_of
 from fedclip_secure.simulate.experiment import read_experiment
+from fedclip_secure.simulate.experiment_cells import cells_of, label_of
 from fedclip_secure.simulate.plots import write_plots
 from fedclip_secure.simulate.run import Results, Row, Telling, simulate
 from fedclip_secure.simulate.sources import find_sources
 from fedclip_secure.simulate.tables import markdown, write_tables
-from fedclip_secure.simulate.workshop import Setting, Workshop
+from fedclip_secure.simulate.worker import Setting, Workshop
 from tests.demo.test_demo import alive, children
 from tests.federation.processes import BIN, start
 from tests.simulate.worlds import write_experiment, write_sites
@@ -174,8 +174,8 @@ def test_figures_are_of_the_rounds_splits_and_bytes_that_the_experiment_says(
 def test_private_cells_have_the_epsilon_of_their_plan_and_baselines_send_nothing(
     finished: tuple[Path, Path, Results],
 ) -> None:
-    from fedclip_secure.privacy.accountant import epsilon
-    from fedclip_secure.privacy.events import Event
+    from fedclip_secure.privacy.accounting.accountant import epsilon
+    from fedclip_secure.privacy.accounting.events import Event
 
     _, _, results = finished
     private = of(results, "FedCLIP", private=True).answer.figures

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.errors import ModelError
 from fedclip_secure.methods.base import Batch, Phase
 from fedclip_secure.methods.fedclip import FedClip
 from fedclip_secure.methods.linear_probe import LinearProbe
 from fedclip_secure.methods.registry import METHODS, find_method
-from fedclip_secure.training import clipping
-from fedclip_secure.training.clipping import clipped_sum
+from fedclip_secure.training.private import clipping
+from fedclip_secure.training.private.clipping import clipped_sum
 from tests.audit.plans import private_plan
 from tests.training.dp_models import (
     CLASSES,
@@ -189,7 +189,7 @@ def test_clipped_sums_need_no_opacus() -> None:
     code = (
         "import sys, numpy as np, torch\n"
         "from fedclip_secure.methods.base import Batch, Phase\n"
-        "from fedclip_secure.training.clipping import clipped_sum\n"
+        "from fedclip_secure.training.private.clipping import clipped_sum\n"
         "batch = Batch(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3), 1.0)\n"
         "phase = Phase(('*',), lambda model, batch: model(batch.images).sum(dim=1))\n"
         "assert clipped_sum(torch.nn.Linear(3, 2), phase, batch, np.arange(2), 1.0).any()\n"

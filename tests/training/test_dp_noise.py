@@ -14,9 +14,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy.stats import binom, chi2, kstest, norm
 
-from fedclip_secure.training.dp import system_coins
-from fedclip_secure.training.gaussian import GaussianMechanism, _box_muller
-from fedclip_secure.training.poisson import draw_members
+from fedclip_secure.training.private.dp_sgd import system_coins
+from fedclip_secure.training.private.gaussian import GaussianMechanism, _box_muller
+from fedclip_secure.training.private.poisson import draw_members
 
 FALSE_ALARM = 1e-6  # of every test that could fail by chance
 SIZE = 525_312

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.config.plan import FederationPlan, MethodPlan
 from fedclip_secure.data.dataset import Counts, FeatureSet, Task
 from fedclip_secure.errors import ConfigError, DataError, ModelError
@@ -21,12 +21,12 @@ from fedclip_secure.methods import registry
 from fedclip_secure.methods.base import Batch, Method, MethodSpec, Phase
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.apart import check_records_apart
-from fedclip_secure.training.dp import Coins, PrivateTrainer, check_private, system_coins
-from fedclip_secure.training.gaussian import GaussianMechanism
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.poisson import draw_members
-from fedclip_secure.training.shared import load_shared, read_shared
+from fedclip_secure.training.local_training import LocalTrainer
+from fedclip_secure.training.private.dp_sgd import Coins, PrivateTrainer, check_private, system_coins
+from fedclip_secure.training.private.gaussian import GaussianMechanism
+from fedclip_secure.training.private.independence import check_records_apart
+from fedclip_secure.training.private.poisson import draw_members
+from fedclip_secure.training.shared_parameters import load_shared, read_shared
 from tests.audit.plans import private_plan
 from tests.training.dp_models import CLASSES, DIM, by_loop, make_plan, make_records, make_task, plain_loss, select
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from fedclip_secure.training import exact
-from fedclip_secure.training.exact import ExactArithmetic, UnknownOperationError
+from fedclip_secure.training.private import exact
+from fedclip_secure.training.private.exact import ExactArithmetic, UnknownOperationError
 from tests.waiting import BOUND
 
 Rows = Callable[[Tensor], Tensor]
@@ -187,7 +187,7 @@ def test_operation_of_which_nothing_is_known_is_refused(operation: Rows) -> None
 def test_threads_that_treat_small_numbers_differently_are_told() -> None:
     program = """
 import torch
-from fedclip_secure.training.exact import keeps_small_numbers
+from fedclip_secure.training.private.exact import keeps_small_numbers
 torch.set_num_threads(2)
 before = keeps_small_numbers()  # which starts the other thread
 flushed = torch.set_flush_denormal(True)  # in this one

@@ -11,9 +11,9 @@ from fedclip_secure.data.dataset import Counts, FeatureSet, Task
 from fedclip_secure.errors import DataError, ModelError
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.evaluate import evaluate
-from fedclip_secure.training.local import LocalTrainer, make_optimizer
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.evaluation.evaluate import evaluate
+from fedclip_secure.training.local_training import LocalTrainer, make_optimizer
+from fedclip_secure.training.shared_parameters import read_shared
 
 CPU = torch.device("cpu")
 DIM, CLASSES = 16, ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")

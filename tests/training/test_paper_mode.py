@@ -18,7 +18,7 @@ from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.model.state import AdapterState, Layout
 from fedclip_secure.simulate.federation import run_federated, terms_of
-from fedclip_secure.training.local import LocalTrainer
+from fedclip_secure.training.local_training import LocalTrainer
 from fedclip_secure.training.prepare import prepare
 from tests.config.test_plan import PLAN
 

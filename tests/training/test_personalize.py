@@ -12,10 +12,10 @@ from fedclip_secure.data.dataset import FeatureSet, Task, split
 from fedclip_secure.errors import DataError
 from fedclip_secure.methods.registry import find_method
 from fedclip_secure.model.state import AdapterState
-from fedclip_secure.training.evaluate import evaluate
+from fedclip_secure.training.evaluation.evaluate import evaluate
 from fedclip_secure.training.inputs import Inputs
 from fedclip_secure.training.personalize import EPOCHS, HELD_OUT, SHARES, Personalized, personalize, without_privacy
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.shared_parameters import read_shared
 
 CPU = torch.device("cpu")
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")

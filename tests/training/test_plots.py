@@ -10,8 +10,8 @@ import pytest
 from matplotlib import style
 
 from fedclip_secure.errors import DataError
-from fedclip_secure.training.evaluate import Confusion, Evaluation
-from fedclip_secure.training.plots import _BLUES, _WHITE_TEXT_FROM, confusion_svg, save_confusion
+from fedclip_secure.training.evaluation.evaluate import Confusion, Evaluation
+from fedclip_secure.training.evaluation.plots import _BLUES, _WHITE_TEXT_FROM, confusion_svg, save_confusion
 
 
 def texts(svg: bytes) -> list[str]:

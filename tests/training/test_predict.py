@@ -14,7 +14,7 @@ from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.data.listing import Reason
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.model.state import AdapterState, Layout
-from fedclip_secure.training.predict import Predictions, find_images, predict, to_csv
+from fedclip_secure.training.evaluation.predict import Predictions, find_images, predict, to_csv
 from fedclip_secure.training.prepare import prepare
 
 

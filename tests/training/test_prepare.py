@@ -22,13 +22,13 @@ from fedclip_secure.data.dataset import FeatureSet
 from fedclip_secure.errors import ConfigError, DataError, ModelError
 from fedclip_secure.features.progress import Progress
 from fedclip_secure.model.state import AdapterState, Layout
-from fedclip_secure.privacy.accountant import epsilon
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.privacy.planned import PlannedRun
-from fedclip_secure.privacy.rdp import rdp_epsilon
-from fedclip_secure.training.evaluate import evaluate
+from fedclip_secure.privacy.accounting.accountant import epsilon
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
+from fedclip_secure.privacy.accounting.rdp import rdp_epsilon
+from fedclip_secure.training.evaluation.evaluate import evaluate
 from fedclip_secure.training.inputs import Inputs, load_inputs
-from fedclip_secure.training.local import LocalTrainer
+from fedclip_secure.training.local_training import LocalTrainer
 from fedclip_secure.training.prepare import Prepared, prepare
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from fedclip_secure.errors import DataError, ModelError
 from fedclip_secure.methods.base import MethodSpec
-from fedclip_secure.training.private_state import PrivateState
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.training.shared_parameters import read_shared
+from fedclip_secure.training.unshared_state import PrivateState
 
 SPEC = MethodSpec(frozenset({"image_features"}), "none", ("shared.*",), ("local.*",), True, True)
 RUN = bytes(32)

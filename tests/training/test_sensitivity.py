@@ -12,19 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.audit.selftest import one_thread
 from fedclip_secure.data.dataset import FeatureSet, Task
 from fedclip_secure.errors import DataError
 from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.linear_probe import LinearProbe
 from fedclip_secure.methods.registry import METHODS
-from fedclip_secure.privacy.accountant import epsilon, noise_multiplier
-from fedclip_secure.privacy.events import Event
-from fedclip_secure.training.clipping import clipped_sum, shared_pass
-from fedclip_secure.training.dp import PrivateTrainer
-from fedclip_secure.training.records import select
-from fedclip_secure.training.shared import read_shared
+from fedclip_secure.privacy.accounting.accountant import epsilon, noise_multiplier
+from fedclip_secure.privacy.accounting.events import Event
+from fedclip_secure.training.device_records import select
+from fedclip_secure.training.private.clipping import clipped_sum, shared_pass
+from fedclip_secure.training.private.dp_sgd import PrivateTrainer
+from fedclip_secure.training.shared_parameters import read_shared
 from tests.audit.plans import private_plan
 from tests.training.dp_models import make_plan
 from tests.training.worst import ON_FEATURES, Case, build, movement, search

@@ -8,7 +8,7 @@ import pytest
 from fedclip_secure.config.silo import EmbeddingsData, FolderData
 from fedclip_secure.data.dataset import FeatureSet
 from fedclip_secure.errors import ConfigError, DataError
-from fedclip_secure.training.units import unit_ids
+from fedclip_secure.training.private.units import unit_ids
 
 FOLDER = FolderData(format="folder", path="x")
 STATED = EmbeddingsData(format="embeddings", path="x", ids="record", per_record=True)

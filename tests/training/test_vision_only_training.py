@@ -14,19 +14,19 @@ from fedclip_cli.evaluation import Measured, evaluation_json
 from PIL import Image
 from safetensors.torch import save_file
 
-from fedclip_secure.audit.scene import make_scene
+from fedclip_secure.audit.made_up_records import make_scene
 from fedclip_secure.config.fields import check
 from fedclip_secure.config.lock import Contract, TimmEncoder
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.config.silo import SiloConfig
 from fedclip_secure.errors import ConfigError, ModelError
-from fedclip_secure.export.loading import loading
+from fedclip_secure.export.load_script import loading
 from fedclip_secure.features.progress import Progress
 from fedclip_secure.model.state import AdapterState, Layout
-from fedclip_secure.training.evaluate import evaluate
+from fedclip_secure.training.evaluation.evaluate import evaluate
+from fedclip_secure.training.evaluation.predict import predict
 from fedclip_secure.training.inputs import Inputs, load_inputs
-from fedclip_secure.training.local import LocalTrainer
-from fedclip_secure.training.predict import predict
+from fedclip_secure.training.local_training import LocalTrainer
 from fedclip_secure.training.prepare import Prepared, prepare
 
 CPU = torch.device("cpu")

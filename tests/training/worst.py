@@ -20,7 +20,7 @@ from fedclip_secure.config.plan import MethodPlan
 from fedclip_secure.data.dataset import Task
 from fedclip_secure.methods.base import Batch
 from fedclip_secure.methods.registry import find_method
-from fedclip_secure.training.clipping import clipped_sum
+from fedclip_secure.training.private.clipping import clipped_sum
 
 ON_FEATURES = ("fedclip", "linear_probe", "feddat", "discriminant", "private_prototypes")
 WEIGHTS = ("constant", "signs", "normal", "rows alike", "as built")

@@ -33,7 +33,7 @@ from fedclip_secure.secagg import keys, masks
 from fedclip_secure.secagg.aggregator_session import AggregatorSession
 from fedclip_secure.secagg.keys import Peer
 from fedclip_secure.secagg.messages import Bundles, ServerAd, open_message, sign_message, vector_hash
-from fedclip_secure.secagg.opening import Opening, Position, check_opening
+from fedclip_secure.secagg.opening_checks import Opening, Position, check_opening
 from fedclip_secure.secagg.ring import Words
 from fedclip_secure.secagg.sealing import SealKey
 from fedclip_secure.secagg.silo_session import MaskedUpload, ModelRecord, Shares, SiloSession

@@ -1,0 +1,1 @@
+"""The demo's data: micrographs of laboratories, drawn."""

@@ -1,0 +1,1 @@
+"""From what was done to private data to (ε, δ)."""

@@ -1,0 +1,1 @@
+"""Privacy reports for people: one HTML file each."""

@@ -1,0 +1,1 @@
+"""How right an adapter is, and what it says of images without labels."""
