@@ -25,6 +25,16 @@ LAYERS = {
     6: ("demo", "simulate"),
 }
 LEVEL = {part: level for level, parts in LAYERS.items() for part in parts}
+# Within a part: each room, or module beside the rooms, imports only those that stand before it.
+ROOMS = {
+    "privacy": ("canonical_json", "accounting", "ledger", "report", "verification", "page"),
+    "training": (
+        "device_records", "shared_parameters", "silo_data", "unshared_state", "inputs", "evaluation", "local_training",
+        "private", "personalize", "prepare",
+    ),
+    "silo": ("policy", "receipts", "accepted", "run", "adapters", "export", "personal_adapter", "report"),
+}  # fmt: skip
+MOST_DOORS = 18  # modules in one folder: more are a hall
 FORBIDDEN = {"aggregator": {"features", "methods", "training"}, "silo": {"aggregator"}}
 # A generator that is not the system's, and where it may stand: it decides no noise, mask or key there.
 GENERATORS = {
@@ -80,6 +90,24 @@ def test_module_imports_only_lower_layers_and_its_own_package(path: Path) -> Non
     if level == 0:  # of these, only errors may be used by the others, and names by anything
         wrong = {part for part in _imported_parts(path) if LEVEL[part] > 0}
     assert not wrong, f"{here} (layer {level}) imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("part", sorted(ROOMS))
+def test_room_imports_only_rooms_before_it(part: str) -> None:
+    rooms, folder = ROOMS[part], PACKAGE / part
+    there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert there - {"__init__"} == set(rooms), f"give each room of {part}/ its place in ROOMS"
+    for path in folder.rglob("*.py"):
+        here = path.relative_to(folder).parts[0].removesuffix(".py")
+        names = [name.split(".") for name in _imports(ast.parse(path.read_text("utf-8")))]
+        used = {name[2] for name in names if name[:2] == ["fedclip_secure", part]} - {here}
+        assert used <= set(rooms[: rooms.index(here)]) if here in rooms else not used, f"{path} imports {used}"
+
+
+def test_no_folder_is_a_hall() -> None:
+    folders = {path.parent for path in [*_modules(), *(ROOT / "cli").rglob("*.py")]}
+    doors = {folder: sum(path.stem != "__init__" for path in folder.glob("*.py")) for folder in folders}
+    assert {folder: count for folder, count in doors.items() if count > MOST_DOORS} == {}
 
 
 @pytest.mark.parametrize("part", sorted(FORBIDDEN))
@@ -146,8 +174,9 @@ def _with_submodules(name: str) -> list[str]:
     spec = importlib.util.find_spec(name)
     assert spec is not None
     folder = Path(spec.origin or "").parent if spec.submodule_search_locations else None
-    inner = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__") if folder else []
-    return [name, *(f"{name}.{stem}" for stem in inner)]
+    inner = sorted(path.relative_to(folder) for path in folder.rglob("*.py")) if folder else []
+    parts = [path.with_suffix("").parts for path in inner if path.stem != "__init__"]
+    return [name, *(".".join((name, *each)) for each in parts)]
 
 
 def test_nothing_is_ever_unpickled() -> None:
@@ -173,7 +202,10 @@ def test_no_seeded_generator_near_masks_and_keys(part: str) -> None:
         assert not re.search(r"default_rng|manual_seed|RandomState|\.seed\(", path.read_text("utf-8")), path
 
 
-@pytest.mark.parametrize("name", ["dp", "gaussian", "poisson", "clipping", "linear", "gradients"])
-def test_no_seeded_generator_near_noise_and_batches(name: str) -> None:
-    text = (PACKAGE / "training" / f"{name}.py").read_text("utf-8")
-    assert not re.search(r"default_rng|manual_seed|RandomState|\.seed\(|torch\.(Generator|rand|normal|bernoulli)", text)
+def test_no_seeded_generator_near_noise_and_batches() -> None:
+    found = sorted((PACKAGE / "training" / "private").glob("*.py"))
+    assert {"dp_sgd.py", "gaussian.py", "poisson.py", "clipping.py"} <= {path.name for path in found}
+    for path in found:
+        text = path.read_text("utf-8")
+        odd = r"default_rng|manual_seed|RandomState|\.seed\(|torch\.(Generator|rand|normal|bernoulli)"
+        assert not re.search(odd, text), path

@@ -1,4 +1,4 @@
-"""An attack on the mechanism, and the least epsilon that its success proves (`privacy/accounting/empirical_epsilon.py`).
+"""An attack on the mechanism, and the least epsilon that its success proves (`empirical_epsilon.py`).
 
 Each canary is a unit whose clipped gradient is C in one coordinate of its own. The attacker sees every release, and
 scores a canary by the sum of what was released in its coordinate; nothing is tuned. The bound that this proves is far

@@ -3,7 +3,8 @@
 They are text, because a coordinator exports too and has no torch. Before them are defined `adapter` (named tensors),
 `card` (adapter.json), `classes` (name: phrase), `scale` (CLIP's logit scale) and, unless the encoder is external,
 `model` and `tokenizer` (open_clip), `images` (N, 3, S, S) and `prompts` (lists of a class's prompts). They end with
-`logits` (N, C). Here are the methods on features, which take any encoder's; those inside of one are in `inside.py`.
+`logits` (N, C). Here are the methods on features, which take any encoder's; those inside of one are in
+`encoder_examples.py`.
 """
 
 from __future__ import annotations

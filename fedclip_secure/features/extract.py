@@ -56,7 +56,7 @@ class ExtractOptions:
     """`verify`: read every file again, whatever the index says.
 
     `batch_size` is in images; None: what the device's memory holds. `stage`: how far the encoder runs. `apart`: no bit
-    of an image's features may depend on other images (`seats.py`), which takes a cache of its own.
+    of an image's features may depend on other images (`fixed_batches.py`), which takes a cache of its own.
     """
 
     verify: bool = False

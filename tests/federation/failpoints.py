@@ -49,7 +49,7 @@ STEP = 2.0**-30  # so that every update lies on the grid
 MAX_WEIGHT = 1024
 LIFETIME = 2 * int(BOUND)  # seconds; after a test that was itself killed nothing stays behind
 QUICK = Patience(first_wait=0.02, longest_wait=0.1, silence=BOUND, connect=BOUND)
-_PACKAGE = str(Path(runner.__file__).parents[1])
+_PACKAGE = str(Path(runner.__file__).parents[2])
 _HARMLESS = ("SELECT", "PRAGMA", "BEGIN", "ROLLBACK", "--")
 T = TypeVar("T")
 

@@ -1,8 +1,9 @@
 """From events to (ε, δ): numerical composition of privacy loss distributions (PLD).
 
-Everything here is an upper bound. One step's losses, which `loss.py` computes, are put by dp-accounting on a grid so
-that no divergence shrinks (Doroshenko et al. 2022, "Connect the Dots"), composed by FFT, and what is cut off counts as
-lost. A person is added or removed in all steps alike, so each direction is composed by itself and the worse one counts.
+Everything here is an upper bound. One step's losses, which `privacy_loss.py` computes, are put by dp-accounting on a
+grid so that no divergence shrinks (Doroshenko et al. 2022, "Connect the Dots"), composed by FFT, and what is cut off
+counts as lost. A person is added or removed in all steps alike, so each direction is composed by itself and the worse
+one counts.
 
 Loading this takes a second (scipy), so what must start fast imports it where it is used.
 """

@@ -25,11 +25,11 @@ from fedclip_secure.privacy.ledger import gate
 from fedclip_secure.privacy.ledger.admission import Need, check_delta
 from fedclip_secure.privacy.ledger.book import Book, told
 from fedclip_secure.privacy.ledger.entries import Run, SignedEntry
+from fedclip_secure.privacy.ledger.limit_history import as_entry, changed, limit_of
 from fedclip_secure.privacy.ledger.run_terms import RunTerms
 from fedclip_secure.privacy.ledger.spending import Account, account_of, holders, outlook, remembered
 from fedclip_secure.privacy.ledger.storage import RESTORE
 from fedclip_secure.privacy.ledger.unit_sets import Numbers
-from fedclip_secure.privacy.report.limit_history import as_entry, changed, limit_of
 
 
 @dataclass(frozen=True, slots=True)

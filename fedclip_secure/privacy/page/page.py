@@ -16,6 +16,7 @@ from fedclip_secure.names import AGGREGATOR
 from fedclip_secure.privacy.accounting.plan_cost import PlannedRun
 from fedclip_secure.privacy.canonical_json import encode
 from fedclip_secure.privacy.ledger.entries import HOUR, Clock, Entry, Run, SetLimit, Settle, SignedEntry
+from fedclip_secure.privacy.ledger.limit_history import recorded
 from fedclip_secure.privacy.ledger.receipts import Receipt, open_receipt
 from fedclip_secure.privacy.ledger.spending import percent
 from fedclip_secure.privacy.page.curves import most_true_positives, over_rounds, profile, surely_reached
@@ -28,7 +29,6 @@ from fedclip_secure.privacy.report.document import (
     SiloBody,
     SiloReport,
 )
-from fedclip_secure.privacy.report.limit_history import recorded
 from fedclip_secure.privacy.report.parties import agreed, costs, most_hurt, parties
 from fedclip_secure.privacy.report.silo_report import History, codes_of, first_charge
 from fedclip_secure.privacy.verification.verify import failed_tests, read_report, verify

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedclip_secure.config.plan import FederationPlan
 from fedclip_secure.privacy.report.document import Assumption, State
-from fedclip_secure.privacy.report.limit_history import Bound
+from fedclip_secure.privacy.report.limit_bound import Bound
 
 Verdict = Literal["passed", "failed"] | None
 Ran = Literal["nothing", "unrecorded", "one", "several"]  # codes that the ledger names for a run

@@ -44,7 +44,7 @@ from fedclip_secure.privacy.report.document import (
     sign_report,
 )
 from fedclip_secure.privacy.report.figures import Charges, accounting, claimed, epsilon, groups
-from fedclip_secure.privacy.report.limit_history import CHANGED, bound_of
+from fedclip_secure.privacy.report.limit_bound import CHANGED, bound_of
 
 __all__ = ["SiloFacts", "report_body", "sign_report"]
 

@@ -10,9 +10,9 @@ loss. One unit more or less moves the sum by at most C:
 3. The sum is rounded, in an order that depends on who is there. Sums of at most _ROWS terms come first, of whole
    units, and then their sum: of N records there are at most 2N/_ROWS + 1 such sums. By Higham 2002, section 3.1, the
    whole is off by at most (_ROWS + 2N/_ROWS + 1) · 2⁻⁵³ times the sum of its terms' norms, in whatever order. A unit's
-   terms come to C, or to 16 C where it has several records (`linear.py`); neither N nor their sum, in C, may be above
-   MOST_TERMS. So each of the two sums, with the unit and without, is off by less than 2⁻²¹·⁴ C, and both together by
-   less than the 2⁻²⁰ - 2⁻²⁵ that 2. leaves.
+   terms come to C, or to 16 C where it has several records (`linear_layers.py`); neither N nor their sum, in C, may be
+   above MOST_TERMS. So each of the two sums, with the unit and without, is off by less than 2⁻²¹·⁴ C, and both
+   together by less than the 2⁻²⁰ - 2⁻²⁵ that 2. leaves.
 """
 
 from __future__ import annotations
