@@ -10,7 +10,10 @@ from pathlib import Path
 from tests.federation.processes import ROOT
 
 DOCS = tuple(ROOT / "docs" / name for name in ("tutorial.md", "threat-model.md", "methods.md"))
-PAGES = (ROOT / "README.md", ROOT / "certs" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "certs/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PROGRAMS = ("fedclip-agg", "fedclip-silo")
 _SHELLS = ("sh", "bash", "console")

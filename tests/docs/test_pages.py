@@ -22,6 +22,7 @@ from tests.docs.pages import DOCS, PAGES, blocks, commands, prose, spans
 from tests.federation.processes import ROOT
 
 CONFIGS = sorted((ROOT / "silo_configs").glob("*.yaml"))
+ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 THREAT_MODEL = ROOT / "docs" / "threat-model.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 _FOLDERS = ("tests/", "docs/", "silo_configs/", "fedclip_secure/", "cli/", "tools/", "benchmarks/", "certs/")
@@ -68,6 +69,19 @@ def test_every_link_and_path_of_a_page_leads_to_a_file_and_a_heading(page: Path)
     named = [span for span in spans(text) if span.startswith(_FOLDERS)]
     missing += [span for span in named if not (ROOT / span.partition("::")[0]).exists()]
     assert not missing
+
+
+def test_every_room_and_file_of_the_architecture_is_there() -> None:
+    named = set(spans(prose(ARCHITECTURE)))
+    files = {span for span in named if span.endswith(".py")}
+    rooms = {span for span in named if span.endswith("/")}
+    there = {path.as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert len(files) > 40
+    assert len(rooms) > 20
+    assert {file for file in files if not any(path.endswith(f"/{file}") for path in there)} == set()
+    assert {
+        room for room in rooms if not any((base / room).is_dir() for base in (ROOT, ROOT / "fedclip_secure"))
+    } == set()
 
 
 def test_every_test_that_the_threat_model_names_exists() -> None:
