@@ -12,7 +12,7 @@ from tests.federation.processes import ROOT
 DOCS = tuple(ROOT / "docs" / name for name in ("tutorial.md", "threat-model.md", "methods.md"))
 PAGES = (
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "certs/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 )
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PROGRAMS = ("fedclip-agg", "fedclip-silo")
