@@ -78,7 +78,7 @@ def _imported_parts(path: Path) -> set[str]:
 def test_every_part_of_the_package_has_a_layer() -> None:
     resources = {"assets"}  # no code
     parts = {_part(path) for path in _modules()} - {""} - resources
-    assert parts <= set(LEVEL), f"give {parts - set(LEVEL)} a layer in architecture.md and here"
+    assert parts <= set(LEVEL), f"give {parts - set(LEVEL)} a layer in ARCHITECTURE.md and here"
     assert {"config", "pki", "secagg", "silo", "aggregator"} <= parts, "the walk found too little"
 
 

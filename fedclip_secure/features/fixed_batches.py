@@ -1,4 +1,4 @@
-"""Which images are encoded together: so that no bit of a feature depends on the others.
+"""Which images are encoded together, with privacy: so that no bit of a feature depends on the others.
 
 A library rounds a row by its place in a batch and by the batch's size. So with privacy all batches have one size, also
 where memory is short, and the row of an image is a remainder of the SHA-256 of its file; rows that nobody has are
