@@ -18,8 +18,7 @@ from PIL import Image
 
 from fedclip_secure.data.decoding_memory import DECODING
 from fedclip_secure.data.grey_window import to_grey
-from fedclip_secure.data.walk import patiently
-from fedclip_secure.disk import OF_ONE_FILE, refused
+from fedclip_secure.data.walk import looked_at
 from fedclip_secure.errors import ConfigError, DataError
 from fedclip_secure.extras import install_command, lacking
 from fedclip_secure.files import open_regular
@@ -99,10 +98,10 @@ def read_dicom(data: bytes, path: Path, window: tuple[int, int] | None, memory: 
 def patient_of(path: Path) -> str | None:
     """A file's PatientID without spaces around it (PS3.3, C.7.1.1), empty where none can be read; no pixels are.
 
-    None where the file cannot be opened or parsed: such a one is left out where it is decoded.
+    None where the file cannot be parsed: such a one is left out where it is decoded.
 
     Raises:
-        DataError: the disk fails.
+        DataError: the file cannot be opened or read.
         ConfigError: pydicom is not installed.
     """
 
@@ -119,12 +118,7 @@ def patient_of(path: Path) -> str | None:
             except Exception:  # and whatever a broken element does
                 return ""
 
-    try:
-        return patiently(parsed)
-    except OSError as error:
-        if error.errno not in OF_ONE_FILE:
-            raise DataError(refused(error, path)) from error
-        return None
+    return looked_at(parsed, path)  # opened a moment later after all, its image would count as a patient of its own
 
 
 def _parse(file: BinaryIO, path: Path, tags: Sequence[str]) -> Dataset:

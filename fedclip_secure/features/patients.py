@@ -42,7 +42,7 @@ def with_dicom_patients(
     is left out where it is decoded. Neither names nor ids of patients are ever told.
 
     Raises:
-        DataError: as said; the disk fails; or the index cannot be used.
+        DataError: as said; a file cannot be opened; or the index cannot be used.
         ConfigError: pydicom is not installed.
     """
     patients = _patients(files, index_file, normalise, verify=verify)
